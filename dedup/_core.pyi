@@ -1,0 +1,85 @@
+from collections.abc import Callable, Iterable
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+U64 = NDArray[np.uint64]
+I64 = NDArray[np.int64]
+Buffer = bytes | bytearray | memoryview | NDArray[np.uint8]
+
+FLAGS: Final[dict[str, int]]
+RANGE_HUGE: Final[int]
+RANGE_KSM: Final[int]
+RANGE_LOCKED: Final[int]
+TARGET_FAST: Final[int]
+TARGET_IN_PLACE: Final[int]
+PAGE_IS_WPALLOWED: Final[int]
+PAGE_IS_WRITTEN: Final[int]
+PAGE_IS_FILE: Final[int]
+PAGE_IS_PRESENT: Final[int]
+PAGE_IS_SWAPPED: Final[int]
+PAGE_IS_PFNZERO: Final[int]
+PAGE_IS_HUGE: Final[int]
+PAGE_IS_SOFT_DIRTY: Final[int]
+
+class Job:
+    def __init__(
+        self,
+        page_size: int,
+        seed: int,
+        pids: I64,
+        mem_fds: I64,
+        pagemap_fds: I64,
+        target_flags: I64,
+        range_start: U64,
+        range_end: U64,
+        range_target: I64,
+        range_flags: I64,
+        hashes: U64,
+        frames: U64,
+        used: int,
+        zero_frame: int,
+        kpageflags_fd: int,
+        huge_bytes: int,
+        every_folio: bool,
+        prior: tuple[I64, I64, I64, I64] | None = None,
+    ) -> None: ...
+    @property
+    def page_size(self) -> int: ...
+    @property
+    def used(self) -> int: ...
+    @property
+    def pages_looked(self) -> int: ...
+    @property
+    def overflowed(self) -> bool: ...
+    @property
+    def fast_pages(self) -> int: ...
+    @property
+    def slow_pages(self) -> int: ...
+    @property
+    def changed_pages(self) -> int: ...
+    @property
+    def unread_pages(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    def dead_targets(self) -> I64: ...
+    def forked_targets(self) -> I64: ...
+    def cancel(self) -> None: ...
+    def grow(self, hashes: U64, frames: U64, used: int) -> None: ...
+    def runs(self) -> tuple[I64, I64, I64, I64]: ...
+    def run(self) -> None: ...
+
+def load_hash(
+    candidates: Iterable[tuple[str, str]],
+    reference: Callable[[bytes, int], int],
+    page_size: int,
+) -> str: ...
+def hash_bytes(data: Buffer, seed: int) -> int: ...
+def group(hashes: U64, frames: U64, skip: int) -> tuple[I64, I64, int]: ...
+def pagemap_scan(fd: int, start: int, end: int, inverted: int, mask: int, returned: int) -> U64: ...
+def read_words(fd: int, indices: I64) -> U64: ...
+def address_of(data: Buffer) -> int: ...
+def madvise(start: int, length: int, advice: int) -> None: ...
+def prctl_memory_merge(on: int) -> None: ...
+def prctl_memory_merge_get() -> int: ...

@@ -1,0 +1,110 @@
+# cython: language_level=3
+"""The compiled core: read, hash, constant test, grouping, and raw system-call shims.
+
+It holds what needs C and no policy: which memory to look at, and what a result means, is decided
+in Python. A page's bytes live in a thread's buffer for as long as it takes to hash them.
+"""
+
+from libc.errno cimport EINTR, errno
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t, uintptr_t
+from libc.stdlib cimport free, malloc, realloc
+from libc.string cimport memcmp, memset
+
+import ctypes
+import os
+
+import numpy as np
+
+cimport cython
+
+ctypedef uint64_t (*hash_fn)(const void *, size_t, const void *, size_t) noexcept nogil
+ctypedef void (*secret_fn)(void *, uint64_t) noexcept nogil
+
+cdef extern from *:
+    """
+    #include <errno.h>
+    #include <fcntl.h>
+    #include <stdint.h>
+    #include <sys/ioctl.h>
+    #include <sys/mman.h>
+    #include <sys/prctl.h>
+    #include <sys/uio.h>
+    #include <unistd.h>
+
+    /* include/uapi/linux/fs.h of Linux 6.7 and later; Debian 12's headers lack it. */
+    struct dedup_page_region { uint64_t start, end, categories; };
+    struct dedup_pm_scan_arg {
+        uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
+        uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
+    };
+    #define DEDUP_PAGEMAP_SCAN _IOWR('f', 16, struct dedup_pm_scan_arg)
+
+    #ifndef PR_SET_MEMORY_MERGE
+    #define PR_SET_MEMORY_MERGE 67
+    #define PR_GET_MEMORY_MERGE 68
+    #endif
+
+    static inline int64_t dedup_fetch_add(int64_t *p, int64_t v)
+    { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
+    static inline int64_t dedup_load(int64_t *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+    static inline void dedup_store(int64_t *p, int64_t v)
+    { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
+    """
+    int64_t dedup_fetch_add(int64_t *p, int64_t v) noexcept nogil
+    int64_t dedup_load(int64_t *p) noexcept nogil
+    void dedup_store(int64_t *p, int64_t v) noexcept nogil
+
+    cdef struct dedup_page_region:
+        uint64_t start
+        uint64_t end
+        uint64_t categories
+
+    cdef struct dedup_pm_scan_arg:
+        uint64_t size
+        uint64_t flags
+        uint64_t start
+        uint64_t end
+        uint64_t walk_end
+        uint64_t vec
+        uint64_t vec_len
+        uint64_t max_pages
+        uint64_t category_inverted
+        uint64_t category_mask
+        uint64_t category_anyof_mask
+        uint64_t return_mask
+
+    unsigned long DEDUP_PAGEMAP_SCAN
+    int PR_SET_MEMORY_MERGE
+    int PR_GET_MEMORY_MERGE
+
+cdef extern from "<sys/uio.h>" nogil:
+    cdef struct iovec:
+        void *iov_base
+        size_t iov_len
+    ssize_t process_vm_readv(int pid, const iovec *local, unsigned long liovcnt,
+                             const iovec *remote, unsigned long riovcnt, unsigned long flags)
+
+cdef extern from "<unistd.h>" nogil:
+    ssize_t pread(int fd, void *buf, size_t count, int64_t offset)
+
+cdef extern from "<sys/ioctl.h>" nogil:
+    int ioctl(int fd, unsigned long request, ...)
+
+cdef extern from "<sys/prctl.h>" nogil:
+    int c_prctl "prctl"(int option, ...)
+
+cdef extern from "<sys/mman.h>" nogil:
+    void *mmap(void *addr, size_t length, int prot, int flags, int fd, int64_t offset)
+    int munmap(void *addr, size_t length)
+    int c_madvise "madvise"(void *addr, size_t length, int advice)
+    int PROT_READ
+    int PROT_WRITE
+    int MAP_PRIVATE
+    int MAP_ANONYMOUS
+    int MADV_HUGEPAGE
+    void *MAP_FAILED
+
+include "hash.pxi"
+include "scan.pxi"
+include "group.pxi"
+include "shims.pxi"

@@ -1,0 +1,131 @@
+"""The tree of errors: message, code, exit status and the next step live on the class."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class DedupError(Exception):
+    """Base of all errors that users meet.
+
+    Parameters
+    ----------
+    message : str
+        What failed and why, one short sentence or two.
+    hint : str, optional
+        What to type or do next; the class has a default.
+    """
+
+    code: ClassVar[str] = "error"
+    exit_status: ClassVar[int] = 70
+    default_hint: ClassVar[str] = ""
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = self.default_hint if hint is None else hint
+
+
+class CheckFailed(DedupError):
+    """Prediction and counters differ beyond the tolerance, or a gate failed."""
+
+    code = "check-failed"
+    exit_status = 1
+
+
+class Usage(DedupError):
+    """The words of the command don't fit together."""
+
+    code = "usage"
+    exit_status = 2
+    default_hint = "see `dedup --help`"
+
+
+class Partial(DedupError):
+    """Done in part; the message says which part and why."""
+
+    code = "partial"
+    exit_status = 3
+
+
+class NotPermitted(DedupError):
+    """The user may not do this."""
+
+    code = "not-permitted"
+    exit_status = 4
+    default_hint = "run it as root: `sudo dedup ...`"
+
+
+class NoSuchProcess(DedupError):
+    """No process has this pid, or none fits the choice."""
+
+    code = "no-such-process"
+    exit_status = 5
+    default_hint = "list the processes with `ps -e`"
+
+
+class ProcessGone(NoSuchProcess):
+    """The process ended, or its pid now belongs to another one."""
+
+    code = "process-gone"
+
+
+class NoMemory(NoSuchProcess):
+    """The process has no memory of its own: a zombie or a kernel thread."""
+
+    code = "no-memory"
+    default_hint = "choose a process that runs a program: `ps -eo pid,stat,comm`"
+
+
+class Unsupported(DedupError):
+    """The kernel here can't do it."""
+
+    code = "unsupported"
+    exit_status = 6
+
+
+class KsmNotRunning(Unsupported):
+    """Ksmd is not running, so nothing merges."""
+
+    code = "ksm-not-running"
+    default_hint = "add `--start-ksmd`, or `echo 1 > /sys/kernel/mm/ksm/run` as root"
+
+
+class BadInput(DedupError):
+    """A file is not what it should be."""
+
+    code = "bad-input"
+    exit_status = 7
+
+
+class Refused(DedupError):
+    """Refused by policy: trust domains, seccomp, size."""
+
+    code = "refused"
+    exit_status = 8
+
+
+class Busy(DedupError):
+    """Another run of ours holds the lock."""
+
+    code = "busy"
+    exit_status = 9
+
+
+class OutputFailed(DedupError):
+    """Reading or writing of a file of ours failed."""
+
+    code = "io"
+    exit_status = 10
+
+
+class Interrupted(DedupError):
+    """A signal ended the run; everything was put back."""
+
+    code = "interrupted"
+    exit_status = 130
+    default_hint = ""
+
+    def __init__(self, message: str, signal_number: int = 2, hint: str | None = None) -> None:
+        super().__init__(message, hint)
+        self.signal_number = signal_number

@@ -1,0 +1,213 @@
+# Grouping by content: radix partition on the hash's top bits, then a small table a part.
+
+cdef struct Record:
+    uint64_t hash
+    int64_t index
+
+
+cdef struct Slot:
+    uint64_t hash
+    int64_t count
+    int64_t place     # group's place in the part's output, -1 for a single
+
+
+cdef struct Output:
+    int64_t *order
+    int64_t n_order
+    int64_t cap_order
+    int64_t *offsets   # of each group's end
+    int64_t n_groups
+    int64_t cap_groups
+    int64_t considered
+
+
+cdef enum:
+    PART_RECORDS = 8192
+    PARTS_MOST_BITS = 12
+    SLICE_RECORDS = 1 << 24    # records held at a time: 256 MiB
+
+
+def group(const uint64_t[::1] hashes not None, uint64_t[::1] frames not None, uint64_t skip):
+    """Group equal hashes; mark those that occur twice or more.
+
+    Parameters
+    ----------
+    hashes : uint64 array, shape (n,)
+    frames : uint64 array, shape (n,)
+        Frame words; `DUPLICATE` is set in those of a group of two or more, cleared in others.
+    skip : int
+        Pages with any of these flags are left out.
+
+    Returns
+    -------
+    order : int64 array
+        Indices of the pages with a partner, group after group, ascending within a group.
+    offsets : int64 array
+        Group g is ``order[offsets[g]:offsets[g + 1]]``.
+    considered : int
+        Pages not left out.
+
+    Raises
+    ------
+    MemoryError
+    """
+    cdef Output out
+    cdef int rc
+    cdef int64_t n = hashes.shape[0]
+    if frames.shape[0] != n:
+        raise ValueError("hashes and frames differ in length")
+    memset(&out, 0, sizeof(out))
+    try:
+        if n:
+            with nogil:
+                rc = _group_all(&hashes[0], &frames[0], n, skip, &out)
+            if rc < 0:
+                raise MemoryError("no memory to group the pages")
+        order = np.empty(out.n_order, np.int64)
+        offsets = np.zeros(out.n_groups + 1, np.int64)
+        _copy_out(order, out.order)
+        _copy_out(offsets[1:], out.offsets)
+        return order, offsets, out.considered
+    finally:
+        free(out.order)
+        free(out.offsets)
+
+
+cdef void _copy_out(int64_t[::1] into, const int64_t *values) noexcept:
+    cdef int64_t i
+    for i in range(into.shape[0]):
+        into[i] = values[i]
+
+
+cdef int _group_all(const uint64_t *hashes, uint64_t *frames, int64_t n, uint64_t skip,
+                    Output *out) noexcept nogil:
+    """Slice by slice of the hash space, so that memory stays bounded."""
+    cdef int slice_bits = 0, part_bits = 0
+    cdef int64_t s, i
+    cdef int rc = 0
+    while (n >> slice_bits) > SLICE_RECORDS:
+        slice_bits += 1
+    while part_bits < PARTS_MOST_BITS and (n >> (slice_bits + part_bits)) > PART_RECORDS:
+        part_bits += 1
+    for i in range(n):
+        frames[i] &= ~DUPLICATE
+    for s in range(<int64_t>1 << slice_bits):
+        rc = _group_slice(hashes, frames, n, skip, slice_bits, part_bits, <uint64_t>s, out)
+        if rc < 0:
+            return rc
+    return 0
+
+
+cdef inline uint64_t _top(uint64_t hash, int bits) noexcept nogil:
+    return hash >> (64 - bits) if bits else 0
+
+
+cdef int _group_slice(const uint64_t *hashes, uint64_t *frames, int64_t n, uint64_t skip,
+                      int slice_bits, int part_bits, uint64_t which, Output *out) noexcept nogil:
+    cdef int64_t parts = <int64_t>1 << part_bits, i, at, total = 0, most = 0, size
+    cdef int64_t *ends = <int64_t *>malloc((parts + 1) * sizeof(int64_t))
+    cdef Record *records = NULL
+    cdef Slot *table = NULL
+    cdef int rc = -1
+    if ends == NULL:
+        return -1
+    memset(ends, 0, (parts + 1) * sizeof(int64_t))
+    for i in range(n):
+        if frames[i] & skip or _top(hashes[i], slice_bits) != which:
+            continue
+        ends[_top(hashes[i] << slice_bits, part_bits)] += 1
+    for i in range(parts):
+        if ends[i] > most:
+            most = ends[i]
+        at = ends[i]
+        ends[i] = total
+        total += at
+    out.considered += total
+    size = 16
+    while size < 2 * most:
+        size *= 2
+    records = <Record *>malloc((total + 1) * sizeof(Record))
+    table = <Slot *>malloc(size * sizeof(Slot))
+    if records != NULL and table != NULL:
+        for i in range(n):
+            if frames[i] & skip or _top(hashes[i], slice_bits) != which:
+                continue
+            at = <int64_t>_top(hashes[i] << slice_bits, part_bits)
+            records[ends[at]].hash = hashes[i]
+            records[ends[at]].index = i
+            ends[at] += 1
+        rc = 0
+        at = 0
+        for i in range(parts):
+            if ends[i] - at >= 2 and _group_part(records + at, ends[i] - at, table, frames,
+                                                 out) < 0:
+                rc = -1
+                break
+            at = ends[i]
+    free(ends)
+    free(records)
+    free(table)
+    return rc
+
+
+cdef int _group_part(const Record *records, int64_t n, Slot *table, uint64_t *frames,
+                     Output *out) noexcept nogil:
+    """Count in the table, give each content with a partner its place, then fill the places."""
+    cdef int64_t size = 16, i, at, mask, duplicates = 0, groups = 0, place
+    while size < 2 * n:
+        size *= 2
+    mask = size - 1
+    memset(table, 0, size * sizeof(Slot))
+    for i in range(n):
+        at = _find(table, mask, records[i].hash)
+        table[at].hash = records[i].hash
+        table[at].count += 1
+        if table[at].count == 2:
+            groups += 1
+            duplicates += 2
+        elif table[at].count > 2:
+            duplicates += 1
+    if not groups:
+        return 0
+    if _reserve(&out.order, &out.cap_order, out.n_order + duplicates) < 0:
+        return -1
+    if _reserve(&out.offsets, &out.cap_groups, out.n_groups + groups) < 0:
+        return -1
+    place = out.n_order
+    for i in range(n):
+        at = _find(table, mask, records[i].hash)
+        if table[at].count < 2:
+            continue
+        if table[at].place == 0:
+            # Places are kept as place + 1, since 0 means none yet.
+            table[at].place = place + 1
+            place += table[at].count
+            out.offsets[out.n_groups] = place
+            out.n_groups += 1
+        out.order[table[at].place - 1] = records[i].index
+        table[at].place += 1
+        frames[records[i].index] |= DUPLICATE
+    out.n_order = place
+    return 0
+
+
+cdef inline int64_t _find(const Slot *table, int64_t mask, uint64_t hash) noexcept nogil:
+    cdef int64_t at = <int64_t>(hash * <uint64_t>0x9E3779B97F4A7C15 >> 20) & mask
+    while table[at].count and table[at].hash != hash:
+        at = (at + 1) & mask
+    return at
+
+
+cdef int _reserve(int64_t **values, int64_t *capacity, int64_t wanted) noexcept nogil:
+    cdef int64_t size = capacity[0] if capacity[0] else 1024
+    cdef int64_t *grown
+    if wanted <= capacity[0]:
+        return 0
+    while size < wanted:
+        size *= 2
+    grown = <int64_t *>realloc(values[0], size * sizeof(int64_t))
+    if grown == NULL:
+        return -1
+    values[0] = grown
+    capacity[0] = size
+    return 0

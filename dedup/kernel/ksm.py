@@ -1,0 +1,227 @@
+"""Counters and tunables of /sys/kernel/mm/ksm, and per-process ksm_stat.
+
+Source: Documentation/admin-guide/mm/ksm.rst and mm/ksm.c.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from dedup.errors import NotPermitted, OutputFailed, Unsupported
+
+if TYPE_CHECKING:
+    from dedup.kernel.processes import Handle
+
+ROOT: Final = Path("/sys/kernel/mm/ksm")
+
+RUN_STOP: Final = 0
+RUN_MERGE: Final = 1
+RUN_UNMERGE: Final = 2
+
+TUNABLES: Final = (
+    "run",
+    "pages_to_scan",
+    "sleep_millisecs",
+    "max_page_sharing",
+    "merge_across_nodes",
+    "use_zero_pages",
+    "smart_scan",
+    "stable_node_chains_prune_millisecs",
+    "advisor_mode",
+    "advisor_max_cpu",
+    "advisor_min_pages_to_scan",
+    "advisor_max_pages_to_scan",
+    "advisor_target_scan_time",
+)
+"""Files that can be written. A kernel has those of its age; absent ones are left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """The kernel's counters: pages, but `general_profit` in bytes and `full_scans` in scans."""
+
+    pages_shared: int
+    pages_sharing: int
+    pages_unshared: int
+    pages_volatile: int
+    ksm_zero_pages: int
+    stable_node_chains: int
+    stable_node_dups: int
+    general_profit: int
+    full_scans: int
+    pages_scanned: int
+    pages_skipped: int
+
+    @property
+    def rmap_items(self) -> int:
+        """All pages that ksmd follows (rmap_items in use)."""
+        return self.pages_shared + self.pages_sharing + self.pages_unshared + self.pages_volatile
+
+    def settled(self) -> tuple[int, ...]:
+        """What must stand still for ksmd to have converged."""
+        return (
+            self.pages_shared,
+            self.pages_sharing,
+            self.pages_unshared,
+            self.pages_volatile,
+            self.ksm_zero_pages,
+            self.stable_node_chains,
+            self.stable_node_dups,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessCounters:
+    """/proc/PID/ksm_stat: pages, but `ksm_process_profit` in bytes."""
+
+    ksm_rmap_items: int
+    ksm_zero_pages: int
+    ksm_merging_pages: int
+    ksm_process_profit: int
+    ksm_merge_any: bool
+    ksm_mergeable: bool
+
+
+class Ksm:
+    """KSM of this host.
+
+    Parameters
+    ----------
+    root : Path, optional
+        Its folder in sysfs.
+    """
+
+    def __init__(self, root: Path = ROOT) -> None:
+        self.root = root
+
+    @property
+    def present(self) -> bool:
+        """Whether this kernel has KSM."""
+        return (self.root / "run").exists()
+
+    def require(self) -> None:
+        """Raise `Unsupported` when this kernel has no KSM."""
+        if not self.present:
+            raise Unsupported(
+                f"this kernel has no KSM: {self.root} is missing",
+                "boot a kernel built with CONFIG_KSM=y; in a container, ask on the host",
+            )
+
+    def counters(self) -> Counters:
+        """Read all counters; those that an older kernel lacks are 0.
+
+        Raises
+        ------
+        Unsupported
+            The kernel has no KSM.
+        """
+        self.require()
+        return Counters(**{f.name: self._number(f.name) for f in fields(Counters)})
+
+    def _number(self, name: str) -> int:
+        try:
+            return int((self.root / name).read_text())
+        except FileNotFoundError:
+            return 0
+
+    def tunables(self) -> dict[str, int | str]:
+        """Read all tunables that this kernel has.
+
+        Raises
+        ------
+        Unsupported
+            The kernel has no KSM.
+        """
+        self.require()
+        values: dict[str, int | str] = {}
+        for name in TUNABLES:
+            try:
+                text = (self.root / name).read_text().strip()
+            except FileNotFoundError:
+                continue
+            if name == "advisor_mode":
+                # `[none] scan-time`: the chosen word stands in brackets.
+                text = next((w[1:-1] for w in text.split() if w.startswith("[")), text)
+            values[name] = int(text) if text.lstrip("-").isdigit() else text
+        return values
+
+    def writable(self) -> bool:
+        """Whether we may write the tunables."""
+        return os.access(self.root / "run", os.W_OK)
+
+    def write(self, name: str, value: int | str) -> None:
+        """Write one tunable.
+
+        Raises
+        ------
+        NotPermitted
+            No right to write.
+        Unsupported
+            The kernel lacks it, or refuses the value now (EBUSY, EINVAL).
+        OutputFailed
+            Anything else.
+        """
+        path = self.root / name
+        try:
+            # os.write, since a buffered file would lose the error in its destructor.
+            fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                os.write(fd, str(value).encode())
+            finally:
+                os.close(fd)
+        except PermissionError as e:
+            raise NotPermitted(f"may not write {path}: {e.strerror}") from e
+        except FileNotFoundError as e:
+            raise Unsupported(f"this kernel has no tunable {name} ({path})", "") from e
+        except OSError as e:
+            if e.errno == errno.EBUSY:
+                raise Unsupported(
+                    f"the kernel refuses {name}={value} while pages are merged",
+                    "unmerge first: `echo 2 > /sys/kernel/mm/ksm/run`",
+                ) from e
+            if e.errno == errno.EINVAL:
+                raise Unsupported(
+                    f"the kernel refuses {name}={value} (invalid, or the advisor holds it)",
+                    "see `cat /sys/kernel/mm/ksm/advisor_mode`",
+                ) from e
+            raise OutputFailed(f"writing {value} to {path} failed: {e.strerror}", "") from e
+
+
+def process_counters(handle: Handle) -> ProcessCounters | None:
+    """ksm_stat of a process; None where the kernel does not show it to us.
+
+    Raises
+    ------
+    ProcessGone
+        The process ended.
+    """
+    text = handle.read_or_none("ksm_stat")
+    if text is None:
+        return None
+    values: dict[str, str] = {}
+    for line in text.decode().splitlines():
+        name, _, value = line.replace(":", " ").partition(" ")
+        values[name] = value.strip()
+    return ProcessCounters(
+        ksm_rmap_items=int(values.get("ksm_rmap_items", 0)),
+        ksm_zero_pages=int(values.get("ksm_zero_pages", 0)),
+        ksm_merging_pages=int(values.get("ksm_merging_pages", 0)),
+        ksm_process_profit=int(values.get("ksm_process_profit", 0)),
+        ksm_merge_any=values.get("ksm_merge_any") == "yes",
+        ksm_mergeable=values.get("ksm_mergeable") == "yes",
+    )
+
+
+def ksmd_cpu_seconds(proc: Path = Path("/proc")) -> float | None:
+    """CPU time of ksmd since boot, None where there is no such thread in sight."""
+    from dedup.kernel.processes import find_kernel_thread
+
+    pid = find_kernel_thread("ksmd", proc)
+    if pid is None:
+        return None
+    stat = (proc / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")

@@ -1,0 +1,90 @@
+"""smaps and VmFlags.
+
+Source: fs/proc/task_mmu.c, Documentation/filesystems/proc.rst.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from dedup.errors import Unsupported
+
+if TYPE_CHECKING:
+    from dedup.kernel.processes import Handle
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """One mapping as smaps shows it. Sizes are bytes."""
+
+    start: int
+    end: int
+    perms: str
+    name: str
+    vm_flags: frozenset[str]
+    anonymous_bytes: int
+    anon_huge_bytes: int
+    swap_bytes: int
+    ksm_bytes: int | None
+    """Bytes of KSM pages mapped, None where the kernel does not tell (before Linux 6.6)."""
+
+
+# One match a mapping: the head line, then only the fields that are wanted.
+_MAPPING: Final = re.compile(
+    rb"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) \S+ \S+ \d+ *(.*)\n"
+    rb"((?:[A-Z].*\n)*?)"
+    rb"VmFlags:(.*)$",
+    re.MULTILINE,
+)
+_ANONYMOUS: Final = re.compile(rb"^Anonymous: +(\d+)", re.MULTILINE)
+_KSM: Final = re.compile(rb"^KSM: +(\d+)", re.MULTILINE)
+_HUGE: Final = re.compile(rb"^AnonHugePages: +(\d+)", re.MULTILINE)
+_SWAP: Final = re.compile(rb"^Swap: +(\d+)", re.MULTILINE)
+
+
+def read(handle: Handle) -> list[Mapping]:
+    """All mappings of a process, ascending by address.
+
+    Raises
+    ------
+    ProcessGone, NotPermitted
+    Unsupported
+        The kernel shows no VmFlags (it lacks CONFIG_PROC_PAGE_MONITOR).
+    """
+    return parse(handle.read("smaps"))
+
+
+def parse(text: bytes) -> list[Mapping]:
+    """Mappings from the text of smaps.
+
+    Raises
+    ------
+    Unsupported
+        It has mappings without VmFlags.
+    """
+    mappings = []
+    for m in _MAPPING.finditer(text):
+        fields = m[5]
+        mappings.append(
+            Mapping(
+                start=int(m[1], 16),
+                end=int(m[2], 16),
+                perms=m[3].decode(),
+                name=m[4].decode(errors="surrogateescape"),
+                vm_flags=frozenset(m[6].decode().split()),
+                anonymous_bytes=_kilobytes(_ANONYMOUS, fields) or 0,
+                anon_huge_bytes=_kilobytes(_HUGE, fields) or 0,
+                swap_bytes=_kilobytes(_SWAP, fields) or 0,
+                ksm_bytes=_kilobytes(_KSM, fields),
+            )
+        )
+    if text and not mappings:
+        raise Unsupported("this kernel shows no VmFlags in /proc/PID/smaps", "")
+    return mappings
+
+
+def _kilobytes(pattern: re.Pattern[bytes], fields: bytes) -> int | None:
+    m = pattern.search(fields)
+    return int(m[1]) * 1024 if m else None

@@ -1,0 +1,288 @@
+"""Reading memory without harming it: the hash, the readers, the threads.
+
+`process_vm_readv` breaks sharing in its target: it pins, and a pin on a page that is not
+exclusive makes the kernel copy it (mm/gup.c, gup_must_unshare). So it is used over pages alone
+that pagemap calls exclusive and that are no KSM page; /proc/PID/mem serves all others.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import threading
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dedup import _core
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from dedup.kernel.pagemap import Sight
+    from dedup.kernel.processes import Handle
+    from dedup.pages import I64, U64
+
+
+@cache
+def load_hash(page_size: int) -> str:
+    """Load XXH3 and say which symbol is in use.
+
+    The xxhash package's own compiled symbols come first, then the system's libxxhash, then the
+    package's Python call for each page: the same values from each, the last one slowly.
+    """
+    import xxhash
+
+    compiled = importlib.import_module("xxhash._xxhash")
+    candidates = [
+        (str(compiled.__file__), "xxhash-package"),
+        # By soname: ctypes.util.find_library would start other programs.
+        ("libxxhash.so.0", "libxxhash"),
+    ]
+    return _core.load_hash(candidates, xxhash.xxh3_64_intdigest, page_size)
+
+
+def default_threads() -> int:
+    """Cores that we may use: the affinity mask and the cgroup's CPU limit."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        path = Path("/proc/self/cgroup").read_text().rpartition("0::")[2].strip()
+        folder = Path("/sys/fs/cgroup") / path.lstrip("/")
+        for part in (folder, *folder.parents):
+            if part == Path("/sys/fs"):
+                break
+            limit = part / "cpu.max"
+            if limit.exists():
+                quota, period = limit.read_text().split()
+                if quota != "max":
+                    cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass  # no cgroup limit in sight: the affinity mask alone
+    return max(1, cores)
+
+
+@dataclass(slots=True)
+class Target:
+    """A process to read, or our own memory, and the address ranges wanted."""
+
+    handle: Handle
+    fast: bool
+    """process_vm_readv allowed over exclusive pages."""
+    in_place: bool = False
+    """Our own memory, hashed where it lies."""
+    starts: list[int] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+    flags: list[int] = field(default_factory=list)
+    regions: list[int] = field(default_factory=list)
+    """Region index of each range."""
+
+
+@dataclass(slots=True)
+class Prior:
+    """The runs of an earlier look for these targets, ascending by (target, address)."""
+
+    target: I64
+    start: I64
+    count: I64
+    first: I64
+
+
+@dataclass(slots=True)
+class Store:
+    """The growing arrays of a scan: `used` entries are taken.
+
+    Untouched room costs no memory, so it may be generous.
+    """
+
+    hashes: U64
+    frames: U64
+    used: int = 0
+
+    @classmethod
+    def of(cls, pages: int) -> Store:
+        """Room for `pages` pages."""
+        return cls(np.empty(pages, np.uint64), np.empty(pages, np.uint64))
+
+    def grow(self, pages: int) -> None:
+        """Make room for at least `pages` more."""
+        size = max(self.used + pages, int(self.hashes.shape[0] * 1.5))
+        for name in ("hashes", "frames"):
+            old = getattr(self, name)
+            new = np.empty(size, np.uint64)
+            new[: self.used] = old[: self.used]
+            setattr(self, name, new)
+
+
+@dataclass(slots=True)
+class Tally:
+    """What the readers did, for the JSON and `doctor`."""
+
+    hash_source: str = ""
+    threads: int = 0
+    process_vm_readv_pages: int = 0
+    proc_mem_pages: int = 0
+    in_place_pages: int = 0
+    unread_pages: int = 0
+    sharing_lost_pages: int | None = 0
+    """Pages that were exclusive before a fast read and on another frame after it: at the most so
+    many lost their sharing by our read. None where frame numbers are hidden."""
+    forking_processes: int = 0
+    """Processes seen to fork while they were read the fast way; they went on the slow way."""
+    bytes_read: int = 0
+
+
+@dataclass(slots=True)
+class Look:
+    """What one look found: runs in no order, and targets out of reach."""
+
+    start: I64
+    count: I64
+    first: I64
+    region: I64
+    target: I64
+    dead: list[int]
+
+
+def look(
+    targets: Sequence[Target],
+    store: Store,
+    seed: int,
+    threads: int,
+    sight: Sight,
+    tally: Tally,
+    prior: Prior | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Look:
+    """Read, test and hash the present anonymous pages of some targets.
+
+    With `prior` it is a later look: pages known are compared and overwritten in place, and only
+    pages not known before are in the result's runs.
+
+    Raises
+    ------
+    MemoryError
+    dedup.errors.ProcessGone, dedup.errors.NotPermitted
+        From opening a target's files.
+    """
+    tally.hash_source = load_hash(sight.page_size)
+    tally.threads = threads
+    with ExitStack() as stack:
+        mem: list[int] = []
+        pagemap: list[int] = []
+        for t in targets:
+            for name, fds in (("mem", mem), ("pagemap", pagemap)):
+                fd = t.handle.open(name)
+                stack.callback(os.close, fd)
+                fds.append(fd)
+        kpageflags = -1
+        if sight.kpageflags:
+            kpageflags = os.open("/proc/kpageflags", os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, kpageflags)
+        per_target = [len(t.starts) for t in targets]
+        range_target = np.repeat(np.arange(len(targets), dtype=np.int64), per_target)
+        range_region = np.array([r for t in targets for r in t.regions], np.int64)
+        job = _core.Job(
+            sight.page_size,
+            seed,
+            np.array([t.handle.pid for t in targets], np.int64),
+            np.array(mem, np.int64),
+            np.array(pagemap, np.int64),
+            np.array(
+                [
+                    (_core.TARGET_FAST if t.fast else 0)
+                    | (_core.TARGET_IN_PLACE if t.in_place else 0)
+                    for t in targets
+                ],
+                np.int64,
+            ),
+            np.array([a for t in targets for a in t.starts], np.uint64),
+            np.array([a for t in targets for a in t.ends], np.uint64),
+            range_target,
+            np.array([f for t in targets for f in t.flags], np.int64),
+            store.hashes,
+            store.frames,
+            store.used,
+            sight.zero_frame,
+            kpageflags,
+            sight.huge_bytes or sight.page_size,
+            sight.every_folio,
+            None if prior is None else _prior_arrays(prior, len(targets)),
+        )
+        total = (
+            sum(e - s for t in targets for s, e in zip(t.starts, t.ends, strict=True))
+            // sight.page_size
+        )
+        while True:
+            _run_threads(job, threads, total, progress)
+            store.used = job.used
+            if not job.overflowed:
+                break
+            store.grow(max(65536, total - job.pages_looked))
+            job.grow(store.hashes, store.frames, store.used)
+        in_place = any(t.in_place for t in targets)
+        tally.process_vm_readv_pages += job.fast_pages
+        tally.proc_mem_pages += job.slow_pages
+        tally.unread_pages += job.unread_pages
+        tally.bytes_read += job.bytes
+        if in_place:
+            tally.in_place_pages += job.bytes // sight.page_size
+        tally.forking_processes += len(job.forked_targets())
+        if not sight.frames:
+            tally.sharing_lost_pages = None
+        elif tally.sharing_lost_pages is not None:
+            tally.sharing_lost_pages += job.changed_pages
+        start, count, first, which = job.runs()
+        return Look(
+            start,
+            count,
+            first,
+            range_region[which] if len(which) else which,
+            range_target[which] if len(which) else which,
+            [int(i) for i in job.dead_targets()],
+        )
+
+
+def _prior_arrays(prior: Prior, targets: int) -> tuple[I64, I64, I64, I64]:
+    offset = np.searchsorted(prior.target, np.arange(targets + 1)).astype(np.int64)
+    return offset, prior.start, prior.count, prior.first
+
+
+def _run_threads(
+    job: _core.Job, threads: int, total: int, progress: Callable[[int, int], None] | None
+) -> None:
+    """Run the job in threads; the caller's thread only watches, so that Ctrl-C is heard."""
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            job.run()
+        except BaseException as e:  # noqa: BLE001 - handed to the caller's thread below
+            failures.append(e)
+
+    if threads == 1 and progress is None and total < 65536:
+        job.run()
+        return
+    workers = [threading.Thread(target=work, daemon=True) for _ in range(threads)]
+    try:
+        for w in workers:
+            w.start()
+        shown = time.monotonic()
+        for w in workers:
+            while w.is_alive():
+                w.join(0.1)
+                if progress is not None and time.monotonic() - shown > 0.1:
+                    shown = time.monotonic()
+                    progress(job.pages_looked, total)
+    except BaseException:
+        job.cancel()
+        for w in workers:
+            if w.ident is not None:
+                w.join()
+        raise
+    if failures:
+        raise failures[0]

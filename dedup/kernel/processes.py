@@ -1,0 +1,362 @@
+"""Which processes: pid and start time, name, user, cgroup, container, tree.
+
+Source: Documentation/filesystems/proc.rst.
+"""
+
+from __future__ import annotations
+
+import errno
+import fnmatch
+import json
+import os
+import pwd
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Self
+
+from dedup.errors import NoMemory, NoSuchProcess, NotPermitted, OutputFailed, ProcessGone
+from dedup.pages import ProcessId
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from types import TracebackType
+
+PROC: Final = Path("/proc")
+DOCKER: Final = Path("/var/lib/docker/containers")
+
+
+@dataclass(frozen=True, slots=True)
+class Info:
+    """One process as /proc shows it to everyone."""
+
+    id: ProcessId
+    name: str
+    uid: int
+    ppid: int
+    state: str
+    kernel_thread: bool
+    reaped_faults: int
+    """Page faults of children that it waited for: more than 0 when it has forked before."""
+    anonymous_bytes: int
+    cgroup: str
+
+    @property
+    def user(self) -> str:
+        """Name of the real user, the number where it has none."""
+        try:
+            return pwd.getpwuid(self.uid).pw_name
+        except KeyError:
+            return str(self.uid)
+
+    @property
+    def unit(self) -> str:
+        """Systemd unit, by the cgroup's path; empty where there is none."""
+        for part in reversed(self.cgroup.split("/")):
+            if part.endswith((".service", ".scope", ".socket", ".mount")):
+                return part
+        return ""
+
+
+class Handle:
+    """A process pinned by its open /proc directory.
+
+    Files opened through it belong to this process or fail; they never belong to a later one with
+    the same pid.
+
+    Raises
+    ------
+    NoSuchProcess, NoMemory
+    """
+
+    def __init__(self, pid: int, proc: Path = PROC) -> None:
+        self.pid = pid
+        try:
+            self.dir_fd = os.open(proc / str(pid), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError) as e:
+            raise NoSuchProcess(f"there is no process {pid}") from e
+        try:
+            self.info = self._info()
+        except BaseException:
+            self.close()
+            raise
+        self.id = self.info.id
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let the process go; may be called twice."""
+        if self.dir_fd >= 0:
+            os.close(self.dir_fd)
+            self.dir_fd = -1
+
+    def open(self, name: str, flags: int = os.O_RDONLY) -> int:
+        """Open a file of the process; the descriptor is the caller's.
+
+        Raises
+        ------
+        ProcessGone, NotPermitted, OutputFailed
+        """
+        try:
+            return os.open(name, flags | os.O_CLOEXEC, dir_fd=self.dir_fd)
+        except OSError as e:
+            raise self._error(e, name) from e
+
+    def read(self, name: str) -> bytes:
+        """Read a file of the process whole.
+
+        Raises
+        ------
+        ProcessGone, NotPermitted, OutputFailed
+        """
+        fd = self.open(name)
+        try:
+            parts = []
+            while part := os.read(fd, 1 << 20):
+                parts.append(part)
+        except OSError as e:
+            raise self._error(e, name) from e
+        finally:
+            os.close(fd)
+        return b"".join(parts)
+
+    def read_or_none(self, name: str) -> bytes | None:
+        """Read a file of the process; None where it is absent in this kernel or not ours to see.
+
+        Raises
+        ------
+        ProcessGone
+        """
+        try:
+            return self.read(name)
+        except NotPermitted:
+            return None
+        except ProcessGone:
+            if self.alive():
+                return None
+            raise
+
+    def alive(self) -> bool:
+        """Whether the process still runs: neither ended nor a zombie."""
+        try:
+            fd = os.open("stat", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.dir_fd)
+            try:
+                text = os.read(fd, 4096)
+            finally:
+                os.close(fd)
+        except OSError:
+            return False
+        return text.rpartition(b")")[2].split()[0] not in {b"Z", b"X"}
+
+    def require_memory(self) -> None:
+        """Raise `NoMemory` for a zombie or a kernel thread."""
+        if self.info.state in {"Z", "X"}:
+            raise NoMemory(f"process {self.pid} ({self.info.name}) is a zombie: it has no memory")
+        if self.info.kernel_thread:
+            raise NoMemory(
+                f"process {self.pid} ({self.info.name}) is a kernel thread: "
+                "it has no memory of its own"
+            )
+
+    def _error(self, e: OSError, name: str) -> Exception:
+        who = f"process {self.pid}"
+        if e.errno in {errno.ENOENT, errno.ESRCH}:
+            return ProcessGone(f"{who} has ended")
+        if e.errno in {errno.EACCES, errno.EPERM}:
+            return NotPermitted(f"may not read /proc/{self.pid}/{name}: {e.strerror}")
+        return OutputFailed(f"reading /proc/{self.pid}/{name} failed: {e.strerror}", "")
+
+    def _info(self) -> Info:
+        return _parse(self.pid, self.read("stat"), self.read("status"), self.read("cgroup"))
+
+
+def _parse(pid: int, stat: bytes, status: bytes, cgroup: bytes) -> Info:
+    head, _, tail = stat.rpartition(b")")
+    f = tail.split()
+    uid = re.search(rb"^Uid:\s+(\d+)", status, re.MULTILINE)
+    anonymous = re.search(rb"^RssAnon:\s+(\d+)", status, re.MULTILINE)
+    return Info(
+        id=ProcessId(pid, int(f[19])),
+        name=head.partition(b"(")[2].decode(errors="surrogateescape"),
+        uid=int(uid[1]) if uid else -1,
+        ppid=int(f[1]),
+        state=f[0].decode(),
+        kernel_thread=bool(int(f[6]) & 0x00200000),
+        reaped_faults=int(f[8]) + int(f[10]),
+        anonymous_bytes=int(anonymous[1]) * 1024 if anonymous else 0,
+        cgroup=_cgroup_path(cgroup.decode(errors="surrogateescape")),
+    )
+
+
+def _cgroup_path(text: str) -> str:
+    """Path in the unified hierarchy, else in the first one with a path."""
+    fallback = ""
+    for line in text.splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if number == "0" and not controllers:
+            return path
+        if path not in {"", "/"} and not fallback:
+            fallback = path
+    return fallback or "/"
+
+
+def pids(proc: Path = PROC) -> list[int]:
+    """All pids in sight, ascending."""
+    return sorted(int(e.name) for e in os.scandir(proc) if e.name.isdigit())
+
+
+def every(proc: Path = PROC) -> list[Info]:
+    """All processes that are there and have memory of their own, ascending by pid."""
+    found = []
+    for pid in pids(proc):
+        try:
+            with Handle(pid, proc) as handle:
+                handle.require_memory()
+                found.append(handle.info)
+        except NoSuchProcess:
+            continue
+        except NotPermitted:
+            continue  # hidden by hidepid: not ours to see
+    return found
+
+
+def find_kernel_thread(name: str, proc: Path = PROC) -> int | None:
+    """Pid of a kernel thread, None where none is in sight."""
+    for pid in pids(proc):
+        try:
+            if (proc / str(pid) / "comm").read_text().strip() == name:
+                with Handle(pid, proc) as handle:
+                    if handle.info.kernel_thread:
+                        return pid
+        except (OSError, NoSuchProcess, NotPermitted):
+            continue
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How the user chose processes; all parts add up."""
+
+    pids: tuple[int, ...] = ()
+    names: tuple[str, ...] = ()
+    users: tuple[str, ...] = ()
+    cgroups: tuple[str, ...] = ()
+    containers: tuple[str, ...] = ()
+    trees: tuple[int, ...] = ()
+    all: bool = False
+
+    def __bool__(self) -> bool:
+        return self.all or any(
+            (self.pids, self.names, self.users, self.cgroups, self.containers, self.trees)
+        )
+
+
+def choose(choice: Choice, proc: Path = PROC) -> list[int]:
+    """Pids that fit the choice, ascending, ourselves left out unless named by pid.
+
+    Raises
+    ------
+    NoSuchProcess
+        A pid (or a tree's root) that is not there, or nothing fits.
+    """
+    chosen = set(choice.pids)
+    if (
+        choice.names
+        or choice.users
+        or choice.cgroups
+        or choice.containers
+        or choice.trees
+        or (choice.all)
+    ):
+        infos = every(proc)
+        chosen |= {i.id.pid for i in infos if _fits(i, choice) and i.id.pid != os.getpid()}
+        for root in choice.trees:
+            if not (proc / str(root)).exists():
+                raise NoSuchProcess(f"there is no process {root}, so it has no tree")
+            chosen |= _descendants(root, infos)
+    if not chosen:
+        raise NoSuchProcess("no process fits the choice")
+    return sorted(chosen)
+
+
+def _fits(info: Info, choice: Choice) -> bool:
+    return (
+        choice.all
+        or any(fnmatch.fnmatchcase(info.name, g) for g in choice.names)
+        or any(u in {info.user, str(info.uid)} for u in choice.users)
+        or any(_in_cgroup(info.cgroup, c) for c in choice.cgroups)
+        or any(_in_container(info.cgroup, c) for c in choice.containers)
+    )
+
+
+def _in_cgroup(path: str, wanted: str) -> bool:
+    wanted = "/" + wanted.removeprefix("/sys/fs/cgroup").strip("/")
+    return path == wanted or path.startswith(wanted.rstrip("/") + "/")
+
+
+_CONTAINER = re.compile(
+    r"(?:docker|libpod|crio|cri-containerd|containerd|lxc\.payload|lxc|machine)[-./](?P<id>.+?)"
+    r"(?:\.scope|\.service)?"
+)
+
+
+def container_of(cgroup: str) -> str:
+    """Id or name of the container that a cgroup path belongs to, empty where none."""
+    parts = cgroup.strip("/").split("/")
+    for i, part in enumerate(parts):
+        if m := _CONTAINER.fullmatch(part):
+            return m["id"]
+        if part in {"docker", "lxc", "kubepods", "machine.slice"} and i + 1 < len(parts):
+            last = parts[-1] if part == "kubepods" else parts[i + 1]
+            if m := _CONTAINER.fullmatch(last):
+                return m["id"]
+            return last.removesuffix(".scope").removesuffix(".service")
+    return ""
+
+
+def _in_container(cgroup: str, wanted: str) -> bool:
+    container = container_of(cgroup)
+    if not container:
+        return False
+    if container == wanted or (len(wanted) >= 4 and container.startswith(wanted)):
+        return True
+    # Docker keeps the name that people use beside the id.
+    try:
+        config = json.loads((DOCKER / container / "config.v2.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return str(config.get("Name", "")).lstrip("/") == wanted
+
+
+def _descendants(root: int, infos: Iterable[Info]) -> set[int]:
+    children: dict[int, list[int]] = {}
+    for info in infos:
+        children.setdefault(info.ppid, []).append(info.id.pid)
+    found: set[int] = set()
+    todo = [root]
+    while todo:
+        pid = todo.pop()
+        if pid not in found:
+            found.add(pid)
+            todo += children.get(pid, [])
+    known = {i.id.pid for i in infos}
+    return {p for p in found if p in known or p == root} - {os.getpid()}
+
+
+def parents(proc: Path = PROC) -> set[int]:
+    """Pids that have a child now."""
+    found = set()
+    for pid in pids(proc):
+        try:
+            tail = (proc / str(pid) / "stat").read_bytes().rpartition(b")")[2].split()
+        except OSError:
+            continue  # ended meanwhile
+        found.add(int(tail[1]))
+    return found

@@ -1,0 +1,168 @@
+"""What a source yields: arrays a page, a table of runs for the addresses, regions, processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    U64 = NDArray[np.uint64]
+    I64 = NDArray[np.int64]
+    Bool = NDArray[np.bool_]
+
+FRAME_MASK: Final = np.uint64((1 << 48) - 1)
+"""The frame number in a frame word; the flags stand above it."""
+
+
+class Flag:
+    """Flags of a frame word. `_core` sets them; a test holds both tables against each other."""
+
+    EXCLUSIVE: Final = np.uint64(1 << 48)
+    KSM: Final = np.uint64(1 << 49)
+    THP: Final = np.uint64(1 << 50)
+    ZERO: Final = np.uint64(1 << 51)
+    CONSTANT: Final = np.uint64(1 << 52)
+    VOLATILE: Final = np.uint64(1 << 53)
+    GONE: Final = np.uint64(1 << 54)
+    NEW: Final = np.uint64(1 << 55)
+    SEEN: Final = np.uint64(1 << 56)
+    UNREAD: Final = np.uint64(1 << 57)
+    DUPLICATE: Final = np.uint64(1 << 58)
+    LOCKED: Final = np.uint64(1 << 59)
+    HIDDEN: Final = np.uint64(1 << 60)
+    OUTSIDE: Final = np.uint64(1 << 61)
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessId:
+    """A process: a pid alone may be used again, with its start time it is one."""
+
+    pid: int
+    start_time: int
+    """Clock ticks after boot (field 22 of /proc/PID/stat)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """What is known of a scanned process besides its pages."""
+
+    id: ProcessId
+    name: str
+    user: str = ""
+    cgroup: str = ""
+    unit: str = ""
+    ksm_zero_pages: int = 0
+    """Pages that KSM has mapped to the shared zero page already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A mapping of a process, and whether KSM would accept it.
+
+    Sizes are bytes, as smaps gives them at the first look.
+    """
+
+    process: int
+    """Index of the process in `Pages.processes`."""
+    start: int
+    end: int
+    perms: str
+    name: str
+    vm_flags: frozenset[str]
+    eligible: bool
+    why: str
+    """Why it is not eligible, empty when it is."""
+    advised: bool
+    """Marked mergeable now (`mg`)."""
+    scanned: bool
+    """In the scope of this scan."""
+    anonymous_bytes: int = 0
+    anon_huge_bytes: int = 0
+    swap_bytes: int = 0
+    ksm_bytes: int = 0
+
+
+@dataclass(slots=True)
+class Skipped:
+    """Something that a scan left out, and why."""
+
+    pid: int | None
+    what: str
+    code: str
+    pages: int | None = None
+
+
+@dataclass(slots=True)
+class Pages:
+    """The pages of a scan.
+
+    Arrays have one entry a page, in no order; `runs` give the addresses: run r holds the pages
+    ``run_first[r] … run_first[r] + run_count[r] - 1`` from address ``run_start[r]`` on, in region
+    ``run_region[r]``. Runs ascend by (process, address).
+    """
+
+    page_size: int
+    hashes: U64
+    frames: U64
+    run_start: I64
+    run_count: I64
+    run_first: I64
+    run_region: I64
+    regions: list[Region]
+    processes: list[Process]
+    looks: int = 1
+    frames_known: bool = True
+    huge_known: bool = True
+    huge_pages: int = 512
+    """Pages in a PMD-mapped huge page."""
+    skipped: list[Skipped] = field(default_factory=list)
+
+    @property
+    def present(self) -> Bool:
+        """Pages there at the last look and readable, shape (n,)."""
+        return np.asarray((self.frames & (Flag.GONE | Flag.UNREAD)) == 0)
+
+    def region_of(self, index: I64) -> I64:
+        """Region of each page in `index`."""
+        order = np.argsort(self.run_first, kind="stable")
+        run = np.searchsorted(self.run_first[order], index, side="right") - 1
+        return np.asarray(self.run_region[order[run]], dtype=np.int64)
+
+    def process_of_region(self) -> I64:
+        """Process of each region."""
+        return np.array([r.process for r in self.regions], dtype=np.int64)
+
+    def address_of(self, index: I64) -> I64:
+        """Virtual address of each page in `index`."""
+        order = np.argsort(self.run_first, kind="stable")
+        run = order[np.searchsorted(self.run_first[order], index, side="right") - 1]
+        offset = (index - self.run_first[run]) * self.page_size
+        return np.asarray(self.run_start[run] + offset, dtype=np.int64)
+
+    def scan_order(self, index: I64) -> I64:
+        """Rank of each page in `index` as ksmd would come by: process, then address.
+
+        Between processes the order is that of `processes`; ksmd's own is the order in which they
+        became mergeable, which can't be seen from outside.
+        """
+        order = np.argsort(self.run_first, kind="stable")
+        run = order[np.searchsorted(self.run_first[order], index, side="right") - 1]
+        before = np.concatenate(([0], np.cumsum(self.run_count)))[:-1]
+        return np.asarray(before[run] + index - self.run_first[run], dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Contents with two mappings or more, as `_core.group` finds them.
+
+    Group g is ``order[offsets[g]:offsets[g + 1]]``, indices of pages; `considered` counts all
+    pages that took part, so ``considered - len(order)`` contents are there once.
+    """
+
+    order: I64
+    offsets: I64
+    considered: int

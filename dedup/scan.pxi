@@ -1,0 +1,662 @@
+# One pass over present anonymous pages: find, read without harm, test, hash.
+
+# A frame word: the frame number below, flags above. pages.py gives them to Python.
+cdef enum:
+    FRAME_BITS = 48
+
+cdef uint64_t FRAME_MASK = (<uint64_t>1 << FRAME_BITS) - 1
+cdef uint64_t EXCLUSIVE = <uint64_t>1 << 48   # pagemap bit 56: one mapping alone
+cdef uint64_t KSM = <uint64_t>1 << 49         # already a KSM page
+cdef uint64_t THP = <uint64_t>1 << 50         # part of a huge page
+cdef uint64_t ZERO = <uint64_t>1 << 51        # all bytes zero
+cdef uint64_t CONSTANT = <uint64_t>1 << 52    # the same 8 bytes throughout
+cdef uint64_t VOLATILE = <uint64_t>1 << 53    # content differed between two looks
+cdef uint64_t GONE = <uint64_t>1 << 54        # no longer there at the last look
+cdef uint64_t NEW = <uint64_t>1 << 55         # first seen at the last look
+cdef uint64_t SEEN = <uint64_t>1 << 56        # met in the look under way
+cdef uint64_t UNREAD = <uint64_t>1 << 57      # present, but could not be read
+cdef uint64_t DUPLICATE = <uint64_t>1 << 58   # content with two mappings or more
+cdef uint64_t LOCKED = <uint64_t>1 << 59      # in a VM_LOCKED mapping
+cdef uint64_t HIDDEN = <uint64_t>1 << 60      # the kernel did not show the frame number
+cdef uint64_t OUTSIDE = <uint64_t>1 << 61     # the frame is mapped outside the scan too
+
+FLAGS = {
+    "EXCLUSIVE": EXCLUSIVE, "KSM": KSM, "THP": THP, "ZERO": ZERO, "CONSTANT": CONSTANT,
+    "VOLATILE": VOLATILE, "GONE": GONE, "NEW": NEW, "SEEN": SEEN, "UNREAD": UNREAD,
+    "DUPLICATE": DUPLICATE, "LOCKED": LOCKED, "HIDDEN": HIDDEN,
+    "OUTSIDE": OUTSIDE,
+}
+
+# Flags of a range given to a Job.
+RANGE_HUGE = 1       # PMD-mapped huge pages throughout
+RANGE_KSM = 2        # may hold KSM pages: look at kpageflags, else no fast path
+RANGE_LOCKED = 4
+cdef enum:
+    R_HUGE = 1
+    R_KSM = 2
+    R_LOCKED = 4
+
+# Flags of a target given to a Job.
+TARGET_FAST = 1      # process_vm_readv allowed over exclusive pages that are no KSM page
+TARGET_IN_PLACE = 2  # our own memory: hash where it lies
+cdef enum:
+    T_FAST = 1
+    T_IN_PLACE = 2
+
+# pagemap (Documentation/admin-guide/mm/pagemap.rst)
+cdef uint64_t PM_PRESENT = <uint64_t>1 << 63
+cdef uint64_t PM_FILE = <uint64_t>1 << 61
+cdef uint64_t PM_EXCLUSIVE = <uint64_t>1 << 56
+cdef uint64_t PM_PFN = (<uint64_t>1 << 55) - 1
+# kpageflags (include/uapi/linux/kernel-page-flags.h)
+cdef uint64_t KPF_HEAD_OR_TAIL = (<uint64_t>1 << 15) | (<uint64_t>1 << 16)
+cdef uint64_t KPF_KSM = <uint64_t>1 << 21
+cdef uint64_t KPF_THP = <uint64_t>1 << 22
+
+cdef enum:
+    UNIT_BYTES = 2 * 1024 * 1024   # what a thread takes at a time
+    UNIT_RANGES = 512              # ranges in a unit, at the most
+    MAX_IOV = 1024
+
+
+cdef struct Unit:
+    int64_t range      # first range
+    int64_t start      # address in it
+    int64_t pages      # pages in all
+
+
+cdef struct Run:
+    uint64_t start
+    int64_t count
+    int64_t first
+    int64_t range
+
+
+cdef struct Worker:
+    uint8_t *mapping       # buffer lies in it, aligned to a huge page
+    uint8_t *buffer
+    uint64_t *look         # pagemap words of the unit
+    uint64_t *address      # of each candidate
+    uint64_t *word         # its frame word
+    uint64_t *digest
+    int32_t *where_range  # its range
+    iovec *local
+    iovec *remote
+    Run *runs
+    int64_t n_runs
+    int64_t cap_runs
+    int64_t fast_pages
+    int64_t slow_pages
+    int64_t changed_pages
+    int64_t unread_pages
+    int64_t bytes
+
+
+@cython.final
+cdef class Job:
+    """One look at a batch of targets, shared by the threads that run it.
+
+    Parameters
+    ----------
+    page_size : int
+        Bytes.
+    seed : int
+        64-bit seed of XXH3.
+    pids, mem_fds, pagemap_fds, target_flags : int64 arrays, one entry a target
+        The descriptors stay the caller's.
+    range_start, range_end : uint64 arrays
+        Address ranges to look at, page aligned, ascending within a target.
+    range_target, range_flags : int64 arrays
+        The target of each range, and `RANGE_*`.
+    hashes, frames : uint64 arrays
+        Where the pages go; `used` of them are taken already.
+    used : int
+    zero_frame : int
+        Frame number of the shared zero page, -1 where frames are hidden.
+    kpageflags_fd : int
+        -1 where it can't be read.
+    huge_bytes : int
+        Size of a PMD-mapped huge page.
+    every_folio : bool
+        Look up kpageflags of each page (huge pages of all sizes in use), not once per block of
+        `huge_bytes`.
+    prior : tuple of int64 arrays or None
+        For a second look, the runs of the first: (offset by target, start, count, first),
+        ascending by address within a target.
+    """
+
+    cdef:
+        readonly int page_size
+        uint64_t seed
+        uint8_t secret[192]
+        uint64_t zero_hash
+        int64_t[::1] pids, mem_fds, pagemap_fds, target_flags
+        uint64_t[::1] range_start, range_end
+        int64_t[::1] range_target, range_flags
+        uint64_t[::1] hashes, frames
+        int64_t[::1] prior_offset, prior_start, prior_count, prior_first
+        int64_t[::1] dead, no_fast
+        uint8_t[::1] block_state
+        uint8_t[::1] unit_done
+        int second
+        int64_t zero_frame
+        int kpageflags_fd
+        int64_t huge_frames
+        int every_folio
+        Unit *units
+        int64_t n_units
+        int64_t next_unit
+        int64_t n_used
+        int64_t stop
+        int64_t overflow, full_at
+        int64_t pages_done
+        object run_parts
+        readonly int64_t fast_pages, slow_pages, changed_pages, unread_pages, bytes
+
+    def __cinit__(self, *args, **kwargs):
+        self.units = NULL
+
+    def __dealloc__(self):
+        free(self.units)
+
+    def __init__(self, int page_size, uint64_t seed, pids, mem_fds, pagemap_fds, target_flags,
+                 range_start, range_end, range_target, range_flags, hashes, frames,
+                 int64_t used, int64_t zero_frame, int kpageflags_fd, int64_t huge_bytes,
+                 bint every_folio,
+                 prior=None):
+        if _hash_page == NULL:
+            raise RuntimeError("no hash is loaded: call load_hash first")
+        self.page_size = page_size
+        self.seed = seed
+        _make_secret(self.secret, seed)
+        zeros = np.zeros(page_size, np.uint8)
+        cdef const uint8_t[::1] zero_view = zeros
+        self.zero_hash = _hash_page(&zero_view[0], page_size, self.secret, 192)
+        self.pids, self.mem_fds, self.pagemap_fds = pids, mem_fds, pagemap_fds
+        self.target_flags = target_flags
+        self.range_start, self.range_end = range_start, range_end
+        self.range_target, self.range_flags = range_target, range_flags
+        self.hashes, self.frames = hashes, frames
+        self.n_used = used
+        self.zero_frame = zero_frame
+        self.kpageflags_fd = kpageflags_fd
+        self.huge_frames = huge_bytes // page_size
+        self.every_folio = every_folio
+        self.second = prior is not None
+        if prior is None:
+            empty = np.zeros(0, np.int64)
+            prior = (np.zeros(self.pids.shape[0] + 1, np.int64), empty, empty, empty)
+        self.prior_offset, self.prior_start, self.prior_count, self.prior_first = prior
+        self.dead = np.zeros(self.pids.shape[0], np.int64)
+        self.no_fast = np.zeros(self.pids.shape[0], np.int64)
+        # A state for each block of physical memory: 0 unknown, 1 no huge page, 2 huge.
+        self.block_state = np.zeros(1 << 20, np.uint8)
+        self.run_parts = []
+        self._cut_units()
+
+    def _cut_units(self):
+        """Cut the ranges into units of at most UNIT_BYTES and UNIT_RANGES, within a target."""
+        cdef int64_t i, n = self.range_start.shape[0], cap = 1024, count = 0, room, ranges, take
+        cdef int64_t per_unit = UNIT_BYTES // self.page_size, last_target = -1
+        cdef uint64_t at, step
+        cdef Unit *grown
+        self.units = <Unit *>malloc(cap * sizeof(Unit))
+        if self.units == NULL:
+            raise MemoryError
+        room = 0
+        ranges = 0
+        for i in range(n):
+            at = self.range_start[i]
+            while at < self.range_end[i]:
+                # Units of a long range end at their own multiples: a huge page is whole.
+                if room == 0 or ranges == UNIT_RANGES or self.range_target[i] != last_target:
+                    if count == cap:
+                        cap *= 2
+                        grown = <Unit *>realloc(self.units, cap * sizeof(Unit))
+                        if grown == NULL:
+                            raise MemoryError
+                        self.units = grown
+                    self.units[count].range = i
+                    self.units[count].start = <int64_t>at
+                    self.units[count].pages = 0
+                    count += 1
+                    room = per_unit
+                    ranges = 0
+                    last_target = self.range_target[i]
+                step = UNIT_BYTES - at % UNIT_BYTES
+                if step > self.range_end[i] - at:
+                    step = self.range_end[i] - at
+                take = <int64_t>(step // <uint64_t>self.page_size)
+                if take > room:
+                    if room < per_unit and take <= per_unit:
+                        room = 0       # begin a new unit rather than split here
+                        continue
+                    take = room
+                self.units[count - 1].pages += take
+                room -= take
+                ranges += 1
+                at += <uint64_t>(take * self.page_size)
+        self.n_units = count
+        self.unit_done = np.zeros(max(count, 1), np.uint8)
+
+    @property
+    def used(self):
+        """int: pages in the arrays so far."""
+        return self.full_at if self.overflow else self.n_used
+
+    @property
+    def pages_looked(self):
+        """int: pages of address space done so far, for a progress view."""
+        return dedup_load(&self.pages_done)
+
+    @property
+    def overflowed(self):
+        """bool: some units did not fit into the arrays; give larger ones and run again."""
+        return dedup_load(&self.overflow) != 0
+
+    def dead_targets(self):
+        """Targets (indices) whose memory could no longer be reached."""
+        return np.flatnonzero(np.asarray(self.dead))
+
+    def forked_targets(self):
+        """Targets (indices) where an exclusive page changed its frame while it was read."""
+        return np.flatnonzero(np.asarray(self.no_fast))
+
+    def cancel(self):
+        """Make the threads stop at their next unit."""
+        dedup_store(&self.stop, 1)
+
+    def grow(self, hashes, frames, int64_t used):
+        """Continue in larger arrays, the first `used` entries of which are copied already."""
+        self.hashes, self.frames = hashes, frames
+        self.n_used = used
+        self.overflow = 0
+        self.next_unit = 0
+
+    def runs(self):
+        """Runs found: int64 arrays (start, count, first, range), in no order."""
+        if not self.run_parts:
+            return tuple(np.zeros(0, np.int64) for _ in range(4))
+        table = np.concatenate(self.run_parts)
+        return tuple(np.ascontiguousarray(table[:, i]) for i in range(4))
+
+    def run(self):
+        """Work until no unit is left; call it from as many threads as wanted.
+
+        Raises
+        ------
+        MemoryError
+            The thread's buffers could not be had.
+        """
+        cdef Worker w
+        cdef int rc
+        cdef int64_t[:, ::1] out
+        cdef int64_t i
+        memset(&w, 0, sizeof(w))
+        with nogil:
+            rc = _worker_open(&w, self.page_size)
+            if rc == 0:
+                rc = self._loop(&w)
+        try:
+            if rc != 0:
+                self.cancel()
+                raise MemoryError("no memory for the buffers of a reading thread")
+            if w.n_runs:
+                table = np.empty((w.n_runs, 4), np.int64)
+                out = table
+                for i in range(w.n_runs):
+                    out[i, 0] = <int64_t>w.runs[i].start
+                    out[i, 1] = w.runs[i].count
+                    out[i, 2] = w.runs[i].first
+                    out[i, 3] = w.runs[i].range
+                self.run_parts.append(table)
+        finally:
+            _worker_close(&w)
+        dedup_fetch_add(&self.fast_pages, w.fast_pages)
+        dedup_fetch_add(&self.slow_pages, w.slow_pages)
+        dedup_fetch_add(&self.changed_pages, w.changed_pages)
+        dedup_fetch_add(&self.unread_pages, w.unread_pages)
+        dedup_fetch_add(&self.bytes, w.bytes)
+
+    cdef int _loop(self, Worker *w) noexcept nogil:
+        cdef int64_t u
+        while not dedup_load(&self.stop):
+            u = dedup_fetch_add(&self.next_unit, 1)
+            if u >= self.n_units:
+                return 0
+            if self.unit_done[u]:
+                continue
+            if self._unit(w, u) < 0:
+                return -1
+            dedup_fetch_add(&self.pages_done, self.units[u].pages)
+        return 0
+
+    cdef int _unit(self, Worker *w, int64_t u) noexcept nogil:
+        """One unit: 0 done or left for another run, -1 without memory."""
+        cdef int64_t n, i, first, target = self.range_target[self.units[u].range]
+        cdef int64_t page_size = self.page_size
+        cdef int flags = <int>self.target_flags[target]
+        cdef uint8_t *page
+        if self.dead[target]:
+            self.unit_done[u] = 1
+            return 0
+        n = self._look(w, u, target)
+        if n > 0:
+            if not flags & T_IN_PLACE:
+                self._read(w, n, target)
+            for i in range(n):
+                if w.word[i] & UNREAD:
+                    w.digest[i] = 0
+                    continue
+                if flags & T_IN_PLACE:
+                    page = <uint8_t *><uintptr_t>w.address[i]
+                else:
+                    page = w.buffer + i * page_size
+                if _is_constant(page, page_size):
+                    w.word[i] |= CONSTANT
+                    if (<uint64_t *>page)[0] == 0:
+                        w.word[i] |= ZERO
+                        w.digest[i] = self.zero_hash
+                        continue
+                w.digest[i] = _hash_page(page, page_size, self.secret, 192)
+            w.bytes += n * page_size
+            if self.second:
+                n = self._compare(w, n, target)
+            first = dedup_fetch_add(&self.n_used, n)
+            if first + n > self.hashes.shape[0]:
+                # Later claims begin beyond the end too, so this first one tells what is in use.
+                if first <= self.hashes.shape[0]:
+                    self.full_at = first
+                dedup_store(&self.overflow, 1)
+                return 0
+            for i in range(n):
+                self.hashes[first + i] = w.digest[i]
+                self.frames[first + i] = w.word[i]
+            if self._note_runs(w, n, first) < 0:
+                return -1
+        self.unit_done[u] = 1
+        return 0
+
+    cdef int64_t _look(self, Worker *w, int64_t u, int64_t target) noexcept nogil:
+        """Pagemap of the unit; fills address, word, where_range; gives the candidates."""
+        cdef int64_t left = self.units[u].pages, r = self.units[u].range, n = 0, count, i, got
+        cdef uint64_t at = <uint64_t>self.units[u].start, e, word, pfn
+        cdef int64_t page_size = self.page_size
+        cdef int fd = <int>self.pagemap_fds[target]
+        cdef int range_flags
+        while left > 0:
+            count = <int64_t>((self.range_end[r] - at) // <uint64_t>page_size)
+            if count > left:
+                count = left
+            range_flags = <int>self.range_flags[r]
+            got = _pread_all(fd, w.look, count * 8, <int64_t>(at // <uint64_t>page_size) * 8)
+            if got <= 0:
+                # The address space is gone (0) or out of reach.
+                self.dead[target] = 1
+                return 0
+            for i in range(got // 8):
+                e = w.look[i]
+                if not e & PM_PRESENT or e & PM_FILE:
+                    continue
+                pfn = e & PM_PFN
+                if pfn == 0:
+                    word = HIDDEN
+                elif <int64_t>pfn == self.zero_frame:
+                    continue
+                else:
+                    word = pfn
+                if e & PM_EXCLUSIVE:
+                    word |= EXCLUSIVE
+                if range_flags & R_LOCKED:
+                    word |= LOCKED
+                if range_flags & R_HUGE:
+                    word |= THP
+                elif pfn != 0 and self.kpageflags_fd >= 0:
+                    word |= self._page_flags(pfn, range_flags)
+                w.address[n] = at + <uint64_t>(i * page_size)
+                w.word[n] = word
+                w.where_range[n] = <int32_t>r
+                n += 1
+            left -= count
+            r += 1
+            if left > 0:
+                at = self.range_start[r]
+        return n
+
+    cdef uint64_t _page_flags(self, uint64_t pfn, int range_flags) noexcept nogil:
+        """KSM and THP of a frame; one look per 2 MiB block where a block is of one kind."""
+        cdef uint64_t kpf = 0, word = 0
+        cdef int64_t block = <int64_t>pfn // self.huge_frames
+        cdef int direct = self.every_folio or range_flags & R_KSM
+        cdef int known = block < self.block_state.shape[0]
+        if not direct and known and self.block_state[block]:
+            return THP if self.block_state[block] == 2 else 0
+        if pread(self.kpageflags_fd, &kpf, 8, <int64_t>pfn * 8) != 8:
+            return 0
+        if kpf & KPF_KSM:
+            word |= KSM
+        if kpf & KPF_THP and kpf & KPF_HEAD_OR_TAIL:
+            word |= THP
+        if known and not self.every_folio:
+            self.block_state[block] = 2 if word & THP else 1
+        return word
+
+    cdef void _read(self, Worker *w, int64_t n, int64_t target) noexcept nogil:
+        """Fill the buffer: page i of the candidates at offset i; UNREAD where it can't be."""
+        cdef int64_t i, j, k, start = -1, page_size = self.page_size, got, fast
+        cdef int allowed = self.target_flags[target] & T_FAST and not self.no_fast[target]
+        cdef int pid = <int>self.pids[target], mem = <int>self.mem_fds[target]
+        # Until hashing, digest[i] says that page i has been read the fast way.
+        for i in range(n):
+            w.digest[i] = 0
+        i = 0
+        # The fast way, many runs a call, over exclusive pages that are no KSM page.
+        while allowed and i < n:
+            k = 0
+            fast = 0
+            start = i
+            while i < n and k < MAX_IOV:
+                if not self._may_read_fast(w, i):
+                    i += 1
+                    continue
+                j = i + 1
+                while (j < n and w.address[j] == w.address[j - 1] + <uint64_t>page_size
+                       and self._may_read_fast(w, j)):
+                    j += 1
+                w.local[k].iov_base = w.buffer + i * page_size
+                w.local[k].iov_len = (j - i) * page_size
+                w.remote[k].iov_base = <void *><uintptr_t>w.address[i]
+                w.remote[k].iov_len = (j - i) * page_size
+                fast += j - i
+                k += 1
+                i = j
+            if k == 0:
+                break
+            got = process_vm_readv(pid, w.local, k, w.remote, k, 0)
+            if got < 0:
+                got = 0
+            got //= page_size
+            w.fast_pages += got
+            if got < fast:
+                # A page that it may not read (PROT_NONE, a hole, a dead target): the rest of
+                # this unit goes the other way.
+                allowed = 0
+            self._mark_read(w, start, i, got)
+        # The harmless way for all others.
+        i = 0
+        while i < n:
+            if w.digest[i]:
+                i += 1
+                continue
+            j = i + 1
+            while (j < n and not w.digest[j]
+                   and w.address[j] == w.address[j - 1] + <uint64_t>page_size):
+                j += 1
+            while i < j:
+                got = pread(mem, w.buffer + i * page_size, (j - i) * page_size,
+                            <int64_t>w.address[i])
+                if got < 0 and errno == EINTR:
+                    continue
+                got = got // page_size if got > 0 else 0
+                w.slow_pages += got
+                i += got
+                if got == 0 and i < j:
+                    w.word[i] |= UNREAD
+                    w.unread_pages += 1
+                    i += 1
+        if start >= 0:
+            self._look_again(w, n, target)
+
+    cdef inline int _may_read_fast(self, Worker *w, int64_t i) noexcept nogil:
+        """The one rule: exclusive, known to be no KSM page."""
+        cdef uint64_t word = w.word[i]
+        if not word & EXCLUSIVE or word & KSM:
+            return 0
+        return not (self.range_flags[w.where_range[i]] & R_KSM
+                    and (word & HIDDEN or self.kpageflags_fd < 0))
+
+    cdef void _mark_read(self, Worker *w, int64_t start, int64_t end, int64_t got) noexcept nogil:
+        """Note in `digest` (free until hashing) the first `got` fast pages of [start, end)."""
+        cdef int64_t i
+        for i in range(start, end):
+            if got == 0:
+                return
+            if self._may_read_fast(w, i):
+                w.digest[i] = 1
+                got -= 1
+
+    cdef void _look_again(self, Worker *w, int64_t n, int64_t target) noexcept nogil:
+        """Count pages read fast whose frame is another one now: sharing that we may have cost."""
+        cdef int64_t i = 0, j, k, got, changed = 0, page_size = self.page_size
+        cdef int fd = <int>self.pagemap_fds[target]
+        cdef uint64_t e
+        while i < n:
+            if not w.digest[i] or w.word[i] & HIDDEN:
+                i += 1
+                continue
+            j = i + 1
+            while (j < n and w.digest[j]
+                   and w.address[j] == w.address[j - 1] + <uint64_t>page_size):
+                j += 1
+            got = _pread_all(fd, w.look, (j - i) * 8,
+                             <int64_t>(w.address[i] // <uint64_t>page_size) * 8)
+            for k in range(got // 8 if got > 0 else 0):
+                e = w.look[k]
+                if e & PM_PRESENT and (not e & PM_EXCLUSIVE
+                                       or (e & PM_PFN) != (w.word[i + k] & FRAME_MASK)):
+                    # Not exclusive any more: it forks. Another frame: maybe by our read.
+                    self.no_fast[target] = 1
+                    if (e & PM_PFN) != (w.word[i + k] & FRAME_MASK):
+                        changed += 1
+            i = j
+        w.changed_pages += changed
+
+    cdef int64_t _compare(self, Worker *w, int64_t n, int64_t target) noexcept nogil:
+        """Second look: update pages of the first in place; keep the new ones, give their number."""
+        cdef int64_t i, kept = 0, at, lo = self.prior_offset[target], mid
+        cdef int64_t hi = self.prior_offset[target + 1], page_size = self.page_size
+        cdef int64_t end = hi, r
+        cdef uint64_t a, word
+        # The last run that begins at or below the first address.
+        while lo < hi:
+            mid = (lo + hi) // 2
+            if <uint64_t>self.prior_start[mid] <= w.address[0]:
+                lo = mid + 1
+            else:
+                hi = mid
+        r = lo - 1 if lo > self.prior_offset[target] else lo
+        for i in range(n):
+            a = w.address[i]
+            while (r < end and a >= <uint64_t>self.prior_start[r]
+                   + <uint64_t>(self.prior_count[r] * page_size)):
+                r += 1
+            if r < end and a >= <uint64_t>self.prior_start[r]:
+                at = self.prior_first[r] + <int64_t>((a - <uint64_t>self.prior_start[r])
+                                                     // <uint64_t>page_size)
+                word = w.word[i] | SEEN | (self.frames[at] & VOLATILE)
+                if self.hashes[at] != w.digest[i] and not (self.frames[at] & UNREAD):
+                    word |= VOLATILE
+                self.hashes[at] = w.digest[i]
+                self.frames[at] = word
+            else:
+                w.address[kept] = a
+                w.digest[kept] = w.digest[i]
+                w.word[kept] = w.word[i] | NEW | SEEN
+                w.where_range[kept] = w.where_range[i]
+                kept += 1
+        return kept
+
+    cdef int _note_runs(self, Worker *w, int64_t n, int64_t first) noexcept nogil:
+        cdef int64_t i = 0, j
+        cdef Run *grown
+        while i < n:
+            j = i + 1
+            while (j < n and w.where_range[j] == w.where_range[i]
+                   and w.address[j] == w.address[j - 1] + <uint64_t>self.page_size):
+                j += 1
+            if w.n_runs == w.cap_runs:
+                w.cap_runs = w.cap_runs * 2 if w.cap_runs else 1024
+                grown = <Run *>realloc(w.runs, w.cap_runs * sizeof(Run))
+                if grown == NULL:
+                    return -1
+                w.runs = grown
+            w.runs[w.n_runs].start = w.address[i]
+            w.runs[w.n_runs].count = j - i
+            w.runs[w.n_runs].first = first + i
+            w.runs[w.n_runs].range = w.where_range[i]
+            w.n_runs += 1
+            i = j
+        return 0
+
+
+cdef int64_t _pread_all(int fd, void *buf, int64_t size, int64_t offset) noexcept nogil:
+    """pread until `size` bytes or the end; -1 on an error."""
+    cdef int64_t done = 0, got
+    while done < size:
+        got = pread(fd, <uint8_t *>buf + done, size - done, offset + done)
+        if got < 0:
+            if errno == EINTR:
+                continue
+            return -1
+        if got == 0:
+            break
+        done += got
+    return done
+
+
+cdef int _worker_open(Worker *w, int page_size) noexcept nogil:
+    """Buffers of a thread; the page buffer on a huge page, touched once."""
+    cdef size_t pages = UNIT_BYTES // page_size
+    w.mapping = <uint8_t *>mmap(NULL, 2 * UNIT_BYTES, PROT_READ | PROT_WRITE,
+                                MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+    if w.mapping == <uint8_t *>MAP_FAILED:
+        w.mapping = NULL
+        return -1
+    w.buffer = w.mapping + (UNIT_BYTES - <uintptr_t>w.mapping % UNIT_BYTES) % UNIT_BYTES
+    w.look = <uint64_t *>malloc(pages * 8)
+    w.address = <uint64_t *>malloc(pages * 8)
+    w.word = <uint64_t *>malloc(pages * 8)
+    w.digest = <uint64_t *>malloc(pages * 8)
+    w.where_range = <int32_t *>malloc(pages * 4)
+    w.local = <iovec *>malloc(MAX_IOV * sizeof(iovec))
+    w.remote = <iovec *>malloc(MAX_IOV * sizeof(iovec))
+    if (w.look == NULL or w.address == NULL or w.word == NULL or w.digest == NULL
+            or w.where_range == NULL or w.local == NULL or w.remote == NULL):
+        return -1
+    # Reading lands on one huge page: fewer TLB misses, one fault.
+    c_madvise(w.buffer, UNIT_BYTES, MADV_HUGEPAGE)
+    memset(w.buffer, 0, UNIT_BYTES)
+    return 0
+
+
+cdef void _worker_close(Worker *w) noexcept nogil:
+    if w.mapping != NULL:
+        munmap(w.mapping, 2 * UNIT_BYTES)
+    free(w.look)
+    free(w.address)
+    free(w.word)
+    free(w.digest)
+    free(w.where_range)
+    free(w.local)
+    free(w.remote)
+    free(w.runs)

@@ -1,0 +1,153 @@
+# Raw system calls. Each raises OSError with the errno; kernel/ turns that into a typed error.
+
+# Categories of PAGEMAP_SCAN (include/uapi/linux/fs.h).
+PAGE_IS_WPALLOWED = 1
+PAGE_IS_WRITTEN = 2
+PAGE_IS_FILE = 4
+PAGE_IS_PRESENT = 8
+PAGE_IS_SWAPPED = 16
+PAGE_IS_PFNZERO = 32
+PAGE_IS_HUGE = 64
+PAGE_IS_SOFT_DIRTY = 128
+
+cdef enum:
+    SCAN_VECTOR = 4096
+
+
+cdef object _os_error(int code, str what):
+    """The one place where an errno becomes an exception."""
+    return OSError(code, f"{what}: {os.strerror(code)}")
+
+
+def pagemap_scan(int fd, uint64_t start, uint64_t end, uint64_t inverted, uint64_t mask,
+                 uint64_t returned):
+    """Ranges of pages whose categories match, by the PAGEMAP_SCAN ioctl.
+
+    Parameters
+    ----------
+    fd : int
+        An open /proc/PID/pagemap.
+    start, end : int
+        Addresses, page aligned.
+    inverted, mask, returned : int
+        `category_inverted`, `category_mask`, `return_mask`
+        (Documentation/admin-guide/mm/pagemap.rst).
+
+    Returns
+    -------
+    uint64 array, shape (n, 3)
+        Start, end and categories of each range, ascending.
+
+    Raises
+    ------
+    OSError
+        ENOTTY where the kernel has no such call (before Linux 6.7).
+    """
+    cdef dedup_pm_scan_arg arg
+    cdef uint64_t[:, ::1] view
+    cdef int rc, failure = 0, i
+    cdef uint64_t at = start
+    cdef dedup_page_region *vector = <dedup_page_region *>malloc(
+        SCAN_VECTOR * sizeof(dedup_page_region))
+    if vector == NULL:
+        raise MemoryError
+    parts = []
+    try:
+        while at < end:
+            memset(&arg, 0, sizeof(arg))
+            arg.size = sizeof(arg)
+            arg.start = at
+            arg.end = end
+            arg.vec = <uint64_t><uintptr_t>vector
+            arg.vec_len = SCAN_VECTOR
+            arg.category_inverted = inverted
+            arg.category_mask = mask
+            arg.return_mask = returned
+            with nogil:
+                rc = ioctl(fd, DEDUP_PAGEMAP_SCAN, &arg)
+                failure = errno
+            if rc < 0:
+                if failure == EINTR:
+                    continue
+                raise _os_error(failure, "PAGEMAP_SCAN")
+            if rc:
+                part = np.empty((rc, 3), np.uint64)
+                view = part
+                for i in range(rc):
+                    view[i, 0] = vector[i].start
+                    view[i, 1] = vector[i].end
+                    view[i, 2] = vector[i].categories
+                parts.append(part)
+            if rc < SCAN_VECTOR:
+                break
+            # walk_end can be stale once the kernel's own buffer has been full: never go back.
+            at = max(arg.walk_end, vector[rc - 1].end)
+    finally:
+        free(vector)
+    return np.concatenate(parts) if parts else np.empty((0, 3), np.uint64)
+
+
+def read_words(int fd, const int64_t[::1] indices not None):
+    """The 8-byte words at `indices` of a file such as /proc/kpagecount.
+
+    Returns
+    -------
+    uint64 array
+        All ones where the file gave nothing.
+    """
+    cdef int64_t i, n = indices.shape[0]
+    words = np.empty(n, np.uint64)
+    cdef uint64_t[::1] view = words
+    with nogil:
+        for i in range(n):
+            if pread(fd, &view[i], 8, indices[i] * 8) != 8:
+                view[i] = ~(<uint64_t>0)
+    return words
+
+
+def address_of(const uint8_t[::1] data not None):
+    """Address of the buffer's first byte."""
+    return <uintptr_t>&data[0] if data.shape[0] else 0
+
+
+def madvise(uint64_t start, uint64_t length, int advice):
+    """madvise(2) on our own memory.
+
+    Raises
+    ------
+    OSError
+    """
+    cdef int rc, failure
+    with nogil:
+        rc = c_madvise(<void *><uintptr_t>start, length, advice)
+        failure = errno
+    if rc < 0:
+        raise _os_error(failure, "madvise")
+
+
+def prctl_memory_merge(int on):
+    """PR_SET_MEMORY_MERGE for the calling process.
+
+    Raises
+    ------
+    OSError
+        EINVAL where the kernel has no such option (before Linux 6.4).
+    """
+    cdef unsigned long nothing = 0
+    if c_prctl(PR_SET_MEMORY_MERGE, <unsigned long>on, nothing, nothing, nothing) < 0:
+        raise _os_error(errno, "prctl(PR_SET_MEMORY_MERGE)")
+
+
+def prctl_memory_merge_get():
+    """PR_GET_MEMORY_MERGE of the calling process: 0 or 1.
+
+    Raises
+    ------
+    OSError
+        EINVAL where the kernel has no such option (before Linux 6.4).
+    """
+    cdef unsigned long nothing = 0
+    cdef int rc = c_prctl(PR_GET_MEMORY_MERGE, nothing, nothing, nothing, nothing)
+    if rc < 0:
+        raise _os_error(errno, "prctl(PR_GET_MEMORY_MERGE)")
+    return rc

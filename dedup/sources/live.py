@@ -1,0 +1,418 @@
+"""Pages of live processes, in one look or several.
+
+A scan never changes its target: only present pages are read, sharing stays, nothing stops.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import time
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Final, Literal
+
+import numpy as np
+
+from dedup import _core
+from dedup.errors import (
+    DedupError,
+    NoSuchProcess,
+    NotPermitted,
+    OutputFailed,
+    ProcessGone,
+)
+from dedup.kernel import ksm as ksm_interface
+from dedup.kernel import maps, memory, pagemap, processes
+from dedup.kernel.processes import Handle
+from dedup.model.eligibility import why_not
+from dedup.pages import FRAME_MASK, Flag, Pages, Process, Region, Skipped
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from dedup.kernel.pagemap import Sight
+    from dedup.pages import I64, Groups
+
+Scope = Literal["compatible", "advised"]
+
+BATCH_PROCESSES: Final = 128
+BATCH_BYTES: Final = 4 << 30
+
+
+@dataclass(slots=True)
+class Options:
+    """How to scan."""
+
+    scope: Scope = "compatible"
+    threads: int = 0
+    """0: the cores that we may use."""
+    seed: int | None = None
+    """Of the hash; None draws one, so that collisions can't be prepared in advance."""
+    progress: Callable[[str, int, int], None] | None = None
+    """Called with what is under way, done and total."""
+
+
+@dataclass(slots=True)
+class Span:
+    """A piece of our own memory to scan: bytes, page aligned."""
+
+    start: int
+    length: int
+
+
+@dataclass(slots=True)
+class LiveSource:
+    """Looks at processes, once or more, into one `Pages`.
+
+    Parameters
+    ----------
+    pids : sequence of int
+    options : Options
+    spans : sequence of Span, optional
+        Pieces of our own memory, hashed in place; then `pids` is empty.
+    """
+
+    pids: Sequence[int]
+    options: Options = field(default_factory=Options)
+    spans: Sequence[Span] = ()
+    sight: Sight = field(default_factory=pagemap.sight)
+    tally: memory.Tally = field(default_factory=memory.Tally)
+    pages: Pages | None = None
+    seed: int = 0
+    _store: memory.Store | None = None
+    _index: dict[int, int] = field(default_factory=dict)
+    _known_regions: dict[tuple[int, int], int] = field(default_factory=dict)
+    _failures: list[DedupError] = field(default_factory=list)
+    _ended: set[int] = field(default_factory=set)
+    """Processes (indices) that ended during the scan: none of their pages counts."""
+    _runs: list[tuple[I64, I64, I64, I64]] = field(default_factory=list)
+
+    def first_look(self) -> Pages:
+        """Look for the first time.
+
+        Raises
+        ------
+        NoSuchProcess, NoMemory, NotPermitted
+            The only process chosen, or all of them, can't be scanned.
+        """
+        self.seed = secrets.randbits(64) if self.options.seed is None else self.options.seed
+        pages = Pages(
+            page_size=self.sight.page_size,
+            hashes=np.empty(0, np.uint64),
+            frames=np.empty(0, np.uint64),
+            run_start=np.empty(0, np.int64),
+            run_count=np.empty(0, np.int64),
+            run_first=np.empty(0, np.int64),
+            run_region=np.empty(0, np.int64),
+            regions=[],
+            processes=[],
+            frames_known=self.sight.frames,
+            huge_known=self.sight.kpageflags or self.sight.pagemap_scan,
+            huge_pages=max(1, self.sight.huge_bytes // self.sight.page_size),
+        )
+        self.pages = pages
+        self._each_batch(list(self.pids), first=True)
+        if not pages.processes and self._failures:
+            raise self._failures[0]
+        self._finish(pages)
+        return pages
+
+    def look_again(self) -> Pages:
+        """Look once more: pages whose content differs become volatile.
+
+        Raises
+        ------
+        ProcessGone
+            All processes have ended.
+        """
+        pages = self.pages
+        if pages is None or self._store is None:
+            raise RuntimeError("look_again before first_look")
+        self._store.frames[: self._store.used] &= ~(Flag.SEEN | Flag.NEW)
+        self._each_batch([p.id.pid for p in pages.processes], first=False)
+        frames = self._store.frames[: self._store.used]
+        unseen = (frames & Flag.SEEN) == 0
+        frames[unseen] |= Flag.GONE
+        seen = ~unseen
+        frames[seen] &= ~Flag.GONE
+        pages.looks += 1
+        self._finish(pages)
+        return pages
+
+    def _finish(self, pages: Pages) -> None:
+        """Take over what the store holds, runs in (process, address) order."""
+        store = self._store
+        if store is None:
+            return
+        pages.hashes = store.hashes[: store.used]
+        pages.frames = store.frames[: store.used]
+        if not self._runs:
+            return
+        start, count, first, region = (np.concatenate(p) for p in zip(*self._runs, strict=True))
+        process = pages.process_of_region()[region]
+        order = np.lexsort((start, process))
+        pages.run_start, pages.run_count = start[order], count[order]
+        pages.run_first, pages.run_region = first[order], region[order]
+        self._runs = [(pages.run_start, pages.run_count, pages.run_first, pages.run_region)]
+        for r in np.flatnonzero(np.isin(process[order], list(self._ended))).tolist():
+            first_page = int(pages.run_first[r])
+            pages.frames[first_page : first_page + int(pages.run_count[r])] |= Flag.GONE
+
+    def _each_batch(self, pids: list[int], *, first: bool) -> None:
+        """Open, look and close, some processes at a time, so that descriptors stay few."""
+        if self.spans:
+            pids = [os.getpid()]
+        pages = self.pages
+        assert pages is not None
+        at = 0
+        parents = processes.parents() if not self.spans else set()
+        merging = self._ksmd_runs()
+        while at < len(pids):
+            handles: list[Handle] = []
+            size = 0
+            try:
+                while at < len(pids) and len(handles) < BATCH_PROCESSES and size < BATCH_BYTES:
+                    pid = pids[at]
+                    at += 1
+                    try:
+                        handle = Handle(pid)
+                    except NoSuchProcess as e:
+                        self._leave_out(pid, e)
+                        continue
+                    handles.append(handle)
+                    size += handle.info.anonymous_bytes
+                self._batch(handles, parents, merging=merging, first=first)
+            finally:
+                for handle in handles:
+                    handle.close()
+            if self.options.progress is not None:
+                self.options.progress("processes", at, len(pids))
+
+    def _ksmd_runs(self) -> bool:
+        ksm = ksm_interface.Ksm()
+        return ksm.present and ksm.tunables().get("run") == ksm_interface.RUN_MERGE
+
+    def _batch(
+        self, handles: Sequence[Handle], parents: set[int], *, merging: bool, first: bool
+    ) -> None:
+        pages = self.pages
+        assert pages is not None
+        targets: list[memory.Target] = []
+        anonymous = 0
+        for handle in handles:
+            try:
+                target, room = self._target(handle, parents, merging=merging, first=first)
+            except DedupError as e:
+                self._leave_out(handle.pid, e)
+                continue
+            targets.append(target)
+            anonymous += room
+        if self._store is None:
+            # Room for this batch and, by a guess, those to come; untouched room is free.
+            self._store = memory.Store.of(anonymous + anonymous // 8 + 65536)
+        elif first and self._store.hashes.shape[0] - self._store.used < anonymous:
+            self._store.grow(anonymous + anonymous // 8 + 65536)
+        if not targets:
+            return
+        prior = None if first else self._prior(pages, targets)
+        progress = self.options.progress
+        found = memory.look(
+            targets,
+            self._store,
+            self.seed,
+            self.options.threads or memory.default_threads(),
+            self.sight,
+            self.tally,
+            prior,
+            None if progress is None else lambda done, total: progress("pages", done, total),
+        )
+        for i, target in enumerate(targets):
+            if i in found.dead and not target.handle.alive():
+                self._leave_out(
+                    target.handle.pid,
+                    ProcessGone(f"process {target.handle.pid} ended during the scan"),
+                )
+        self._runs.append((found.start, found.count, found.first, found.region))
+
+    def _target(
+        self, handle: Handle, parents: set[int], *, merging: bool, first: bool
+    ) -> tuple[memory.Target, int]:
+        """The ranges of a process to read, and how many pages to expect."""
+        pages = self.pages
+        assert pages is not None
+        handle.require_memory()
+        if not first:
+            known = next(p for p in pages.processes if p.id.pid == handle.pid)
+            if known.id != handle.id:
+                raise ProcessGone(f"process {handle.pid} ended; its pid is another one's now")
+        mappings = maps.read(handle)
+        counters = ksm_interface.process_counters(handle)
+        advised = any("mg" in m.vm_flags for m in mappings)
+        # A fork or a running ksmd between pagemap and read would cost the target its sharing:
+        # no fast path where either is likely.
+        fast = not (merging and (advised or bool(counters and counters.ksm_mergeable)))
+        fast = fast and handle.pid not in parents and handle.info.reaped_faults == 0
+        target = memory.Target(handle, fast, in_place=bool(self.spans))
+        process = self._process_index(handle, counters)
+        pagemap_fd = handle.open("pagemap")
+        room = 0
+        try:
+            for m in mappings:
+                for region in self._pieces(process, m):
+                    index = self._region_index(region)
+                    if not region.scanned:
+                        continue
+                    room += self._add_ranges(target, pagemap_fd, region, m, index)
+        finally:
+            os.close(pagemap_fd)
+        return target, room
+
+    def _process_index(self, handle: Handle, counters: ksm_interface.ProcessCounters | None) -> int:
+        pages = self.pages
+        assert pages is not None
+        if handle.pid in self._index:
+            return self._index[handle.pid]
+        info = handle.info
+        self._index[handle.pid] = len(pages.processes)
+        pages.processes.append(
+            Process(
+                id=handle.id,
+                name=info.name,
+                user=info.user,
+                cgroup=info.cgroup,
+                unit=info.unit,
+                ksm_zero_pages=counters.ksm_zero_pages if counters else 0,
+            )
+        )
+        return self._index[handle.pid]
+
+    def _pieces(self, process: int, m: maps.Mapping) -> Iterable[Region]:
+        """The region of a mapping, or, for spans of our own memory, its parts inside them."""
+        why = why_not(m.vm_flags, m.name)
+        advised = "mg" in m.vm_flags
+        scanned = not why and (advised or self.options.scope == "compatible")
+        whole = Region(
+            process=process,
+            start=m.start,
+            end=m.end,
+            perms=m.perms,
+            name=m.name,
+            vm_flags=m.vm_flags,
+            eligible=not why,
+            why=why,
+            advised=advised,
+            scanned=scanned,
+            anonymous_bytes=m.anonymous_bytes,
+            anon_huge_bytes=m.anon_huge_bytes,
+            swap_bytes=m.swap_bytes,
+            ksm_bytes=m.ksm_bytes or 0,
+        )
+        if not self.spans:
+            yield whole
+            return
+        for span in self.spans:
+            start, end = max(m.start, span.start), min(m.end, span.start + span.length)
+            if start < end:
+                yield replace(whole, start=start, end=end)
+
+    def _region_index(self, region: Region) -> int:
+        pages = self.pages
+        assert pages is not None
+        key = (region.process, region.start)
+        if key in self._known_regions:
+            return self._known_regions[key]
+        self._known_regions[key] = len(pages.regions)
+        pages.regions.append(region)
+        return self._known_regions[key]
+
+    def _add_ranges(
+        self, target: memory.Target, fd: int, region: Region, m: maps.Mapping, index: int
+    ) -> int:
+        """Ranges of present pages in a region; gives the pages to expect."""
+        if m.anonymous_bytes == 0:
+            return 0
+        size = m.end - m.start
+        flags = (_core.RANGE_LOCKED if "lo" in m.vm_flags else 0) | (
+            _core.RANGE_KSM if m.ksm_bytes is None or m.ksm_bytes > 0 else 0
+        )
+        # Dense small pages: pagemap alone is the fastest. Sparse or huge memory, or hidden frame
+        # numbers (which leave the shared zero page unknown): ask the kernel for the ranges.
+        sparse = m.anonymous_bytes * 2 < size
+        if self.sight.pagemap_scan and (sparse or m.anon_huge_bytes or not self.sight.frames):
+            try:
+                ranges = pagemap.present_ranges(fd, region.start, region.end)
+            except OSError as e:
+                raise self._scan_error(e, target.handle) from e
+            huge = (ranges[:, 2] & _core.PAGE_IS_HUGE) != 0
+            target.starts += ranges[:, 0].tolist()
+            target.ends += ranges[:, 1].tolist()
+            target.flags += np.where(huge, flags | _core.RANGE_HUGE, flags).tolist()
+            target.regions += [index] * len(ranges)
+            return int((ranges[:, 1] - ranges[:, 0]).sum()) // self.sight.page_size
+        target.starts.append(region.start)
+        target.ends.append(region.end)
+        target.flags.append(flags)
+        target.regions.append(index)
+        return min(m.anonymous_bytes, region.end - region.start) // self.sight.page_size
+
+    def _scan_error(self, e: OSError, handle: Handle) -> DedupError:
+        if e.errno in {errno.ESRCH, errno.ENOENT} or not handle.alive():
+            return ProcessGone(f"process {handle.pid} has ended")
+        return OutputFailed(f"PAGEMAP_SCAN of process {handle.pid} failed: {e.strerror}", "")
+
+    def _prior(self, pages: Pages, targets: Sequence[memory.Target]) -> memory.Prior:
+        """The runs known for these targets."""
+        process = pages.process_of_region()[pages.run_region]
+        by_process = {self._index[t.handle.pid]: i for i, t in enumerate(targets)}
+        lookup = np.full(len(pages.processes), -1, np.int64)
+        for p, i in by_process.items():
+            lookup[p] = i
+        which = lookup[process] if len(process) else process
+        keep = np.flatnonzero(which >= 0)
+        keep = keep[np.lexsort((pages.run_start[keep], which[keep]))]
+        return memory.Prior(
+            which[keep],
+            np.ascontiguousarray(pages.run_start[keep]),
+            np.ascontiguousarray(pages.run_count[keep]),
+            np.ascontiguousarray(pages.run_first[keep]),
+        )
+
+    def _leave_out(self, pid: int, e: DedupError) -> None:
+        """Note a process that can't be scanned; raise when it is the only one chosen."""
+        pages = self.pages
+        assert pages is not None
+        if not isinstance(e, (NoSuchProcess, NotPermitted)) or len(self.pids) <= 1:
+            raise e
+        self._failures.append(e)
+        pages.skipped.append(Skipped(pid, e.message, e.code))
+        if pid in self._index:
+            self._ended.add(self._index[pid])
+
+
+def mark_outside(pages: Pages, groups: Groups, sight: Sight) -> None:
+    """Mark duplicates whose frame is mapped by processes outside the scan too.
+
+    Such a frame stays when our mappings of it merge elsewhere. Only root can see it.
+    """
+    if not sight.kpagecount:
+        return
+    word = pages.frames[groups.order]
+    mask = ((word & Flag.EXCLUSIVE) == 0) & ((word & (Flag.KSM | Flag.HIDDEN)) == 0)
+    index = groups.order[mask]
+    frames, which, seen = np.unique(
+        (word[mask] & FRAME_MASK).astype(np.int64), return_inverse=True, return_counts=True
+    )
+    outside = pagemap.mappings_of(frames) > seen
+    pages.frames[index[outside[which]]] |= Flag.OUTSIDE
+
+
+def wait_between_looks(
+    seconds: float, progress: Callable[[str, int, int], None] | None = None
+) -> None:
+    """Wait for the next look, telling how long it takes."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        if progress is not None:
+            progress("waiting", int((seconds - left) * 10), int(seconds * 10))
+        time.sleep(min(left, 0.1))
