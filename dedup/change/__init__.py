@@ -1,0 +1,1 @@
+"""Whatever alters the system: written to the journal first, changed back in one place."""

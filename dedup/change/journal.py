@@ -1,0 +1,159 @@
+"""The journal: what a run of ours changes, written down before it is changed.
+
+One JSON object a line. It outlives a killed run; `dedup restore` reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Final
+
+from dedup.errors import NotPermitted, OutputFailed
+from dedup.kernel.lock import STATE, make_state_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+NAME: Final = "journal"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One change of one file in /sys or /proc/sys."""
+
+    path: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What became of one file at the restore."""
+
+    path: str
+    value: str
+    """What it should have again."""
+    found: str
+    """What it had."""
+    outcome: str
+    """`restored`, `unchanged`, `left` (somebody else changed it since) or `failed`."""
+    why: str = ""
+
+
+class Journal:
+    """The journal of this host.
+
+    Parameters
+    ----------
+    state : Path, optional
+        Its folder.
+    """
+
+    def __init__(self, state: Path = STATE) -> None:
+        self.path = state / NAME
+
+    def record(self, entry: Entry) -> None:
+        """Write an entry to the disk before the change is made.
+
+        Raises
+        ------
+        NotPermitted, OutputFailed
+            Nothing may be changed then.
+        """
+        make_state_folder(self.path.parent)
+        try:
+            fd = os.open(
+                self.path,
+                os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
+                0o600,
+            )
+            try:
+                line = json.dumps(asdict(entry)).encode() + b"\n"
+                if os.write(fd, line) != len(line):
+                    raise OSError(28, "No space left on device")
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        except PermissionError as e:
+            raise NotPermitted(f"may not write the journal {self.path}: {e.strerror}") from e
+        except OSError as e:
+            raise OutputFailed(
+                f"writing the journal {self.path} failed: {e.strerror}; nothing was changed",
+                "make room there, then run it again",
+            ) from e
+
+    def entries(self) -> list[Entry]:
+        """What is written, oldest first; a last line cut short by a crash is left out.
+
+        A change is made only after its line is whole, so nothing is lost with such a line.
+
+        Raises
+        ------
+        NotPermitted, OutputFailed
+        """
+        try:
+            lines = self.path.read_text().splitlines()
+        except FileNotFoundError:
+            return []
+        except PermissionError as e:
+            raise NotPermitted(f"may not read the journal {self.path}: {e.strerror}") from e
+        except OSError as e:
+            raise OutputFailed(f"reading {self.path} failed: {e.strerror}", "") from e
+        found = []
+        for number, line in enumerate(lines):
+            try:
+                fields = json.loads(line)
+                found.append(
+                    Entry(str(fields["path"]), str(fields["before"]), str(fields["after"]))
+                )
+            except (ValueError, KeyError, TypeError) as e:
+                if number == len(lines) - 1:
+                    break
+                raise OutputFailed(
+                    f"line {number + 1} of the journal {self.path} can't be read",
+                    f"look at it, put the values back by hand, then remove {self.path}",
+                ) from e
+        return found
+
+    def restore(
+        self, read: Callable[[str], str], write: Callable[[str, str], None]
+    ) -> list[Restored]:
+        """Put everything back, the newest change first; remove the journal when all is done.
+
+        A value that is no longer the one we wrote was changed by somebody else since; it stays.
+
+        Parameters
+        ----------
+        read : callable
+            ``read(path) -> value``.
+        write : callable
+            ``write(path, value)``; raises `DedupError` when it can't.
+        """
+        from dedup.errors import DedupError
+
+        entries = self.entries()
+        first: dict[str, str] = {}
+        ours: dict[str, set[str]] = {}
+        for e in entries:
+            first.setdefault(e.path, e.before)
+            ours.setdefault(e.path, set()).add(e.after)
+        done = []
+        for path in dict.fromkeys(e.path for e in reversed(entries)):
+            try:
+                found = read(path)
+                if found == first[path]:
+                    outcome, why = "unchanged", ""
+                elif found in ours[path]:
+                    write(path, first[path])
+                    outcome, why = "restored", ""
+                else:
+                    outcome, why = "left", "changed by somebody else since"
+            except (DedupError, OSError) as e:
+                found, outcome, why = "?", "failed", str(e)
+            done.append(Restored(path, first[path], found, outcome, why))
+        if not any(r.outcome == "failed" for r in done):
+            self.path.unlink(missing_ok=True)
+        return done

@@ -1,0 +1,174 @@
+"""The kernel's settings, changed for the time of a run: locked, journalled, put back."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Self
+
+from dedup.change.journal import Entry, Journal, Restored
+from dedup.errors import CheckFailed, NotPermitted, OutputFailed
+from dedup.kernel import processes
+from dedup.kernel.ksm import ROOT, Ksm
+from dedup.kernel.lock import STATE, HostLock
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+TUNERS: Final = ("ksmtuned", "uksmd")
+"""Daemons that turn KSM's knobs."""
+
+NR_HUGEPAGES: Final = "/proc/sys/vm/nr_hugepages"
+
+
+def others_at_the_knobs(proc: Path = Path("/proc"), root: Path = ROOT) -> list[str]:
+    """Who else turns KSM's knobs on this host: a sentence each, empty where nobody does."""
+    found = []
+    for pid in processes.pids(proc):
+        try:
+            name = (proc / str(pid) / "comm").read_text().strip()
+        except OSError:
+            continue  # ended meanwhile
+        if name in TUNERS:
+            found.append(f"{name} (pid {pid}) changes KSM's tunables as it sees fit")
+    ksm = Ksm(root)
+    if ksm.present and ksm.tunables().get("advisor_mode") == "scan-time":
+        found.append("the kernel's own advisor (advisor_mode=scan-time) sets pages_to_scan")
+    return found
+
+
+def read_setting(path: str) -> str:
+    """Present value of a setting in /sys or /proc/sys, as it would be written."""
+    file = Path(path)
+    if file.parent.name == "ksm":
+        return str(Ksm(file.parent).tunables().get(file.name, ""))
+    return file.read_text().strip()
+
+
+def write_setting(path: str, value: str) -> None:
+    """Write a setting.
+
+    Raises
+    ------
+    NotPermitted, Unsupported, OutputFailed
+    """
+    file = Path(path)
+    if file.parent.name == "ksm":
+        Ksm(file.parent).write(file.name, value)
+        return
+    try:
+        fd = os.open(file, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, value.encode())
+        finally:
+            os.close(fd)
+    except PermissionError as e:
+        raise NotPermitted(f"may not write {path}: {e.strerror}") from e
+    except OSError as e:
+        raise OutputFailed(f"writing {value} to {path} failed: {e.strerror}", "") from e
+
+
+class Tunables:
+    """Settings changed for a while; leaving the context puts them back, whatever happened.
+
+    Entering takes the host's lock, and puts back first what a killed run has left.
+
+    Parameters
+    ----------
+    ksm : Ksm
+    state : Path, optional
+        Folder of lock and journal.
+
+    Raises
+    ------
+    Busy, NotPermitted, OutputFailed
+    """
+
+    def __init__(self, ksm: Ksm, state: Path = STATE) -> None:
+        self.ksm = ksm
+        self._lock = HostLock(state)
+        self._journal = Journal(state)
+        self._wanted: dict[str, str] = {}
+        self.leftover: list[Restored] = []
+        """What an earlier, killed run had left changed; put back on entering."""
+        self.restored: list[Restored] = []
+        """What leaving the context put back."""
+
+    def __enter__(self) -> Self:
+        self.ksm.require()
+        if not self.ksm.writable():
+            raise NotPermitted(f"may not write KSM's tunables in {self.ksm.root}")
+        self._lock.acquire()
+        try:
+            self.leftover = self._journal.restore(read_setting, write_setting)
+            _require_done(self.leftover)
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        # A second Ctrl-C must not stop us half-way.
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        try:
+            self.restored = self._journal.restore(read_setting, write_setting)
+            if kind is None:
+                _require_done(self.restored)
+        finally:
+            self._lock.release()
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+    def set(self, name: str, value: int | str) -> None:
+        """Change a tunable of KSM; nothing is written where it has the value already.
+
+        Raises
+        ------
+        NotPermitted, Unsupported, OutputFailed
+        """
+        self.set_path(str(self.ksm.root / name), str(value))
+
+    def set_path(self, path: str, value: str) -> None:
+        """Change any setting, by its path."""
+        before = read_setting(path)
+        self._wanted[path] = value
+        if before != value:
+            self._journal.record(Entry(path, before, value))
+            write_setting(path, value)
+
+    def require_unchanged(self) -> None:
+        """Raise when somebody else changed a setting of ours meanwhile.
+
+        Raises
+        ------
+        CheckFailed
+        """
+        for path, value in self._wanted.items():
+            found = read_setting(path)
+            if found != value:
+                raise CheckFailed(
+                    f"{path} was set to {value} and is {found} now: somebody else changes it",
+                    "stop ksmtuned or whatever sets it, then run this again",
+                )
+
+
+def _require_done(restored: list[Restored]) -> None:
+    failed = [r for r in restored if r.outcome == "failed"]
+    if failed:
+        what = ", ".join(f"{r.path}={r.value} ({r.why})" for r in failed)
+        raise OutputFailed(f"could not put back {what}", "run `sudo dedup restore`")
+
+
+def restore(ksm: Ksm, state: Path = STATE) -> list[Restored]:
+    """Put back what an interrupted run has left changed.
+
+    Raises
+    ------
+    Busy, NotPermitted, OutputFailed
+    """
+    if not ksm.writable() and ksm.present:
+        raise NotPermitted(f"may not write KSM's tunables in {ksm.root}")
+    with HostLock(state):
+        return Journal(state).restore(read_setting, write_setting)

@@ -1,0 +1,75 @@
+"""Hold the kernel's counters against a prediction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from dedup.kernel.ksm import Counters, ProcessCounters
+    from dedup.model.merge import Prediction, ProcessPrediction
+
+COUNTERS: Final = (
+    "pages_shared",
+    "pages_sharing",
+    "pages_unshared",
+    "pages_volatile",
+    "ksm_zero_pages",
+    "stable_node_chains",
+    "stable_node_dups",
+    "general_profit",
+)
+PROCESS_COUNTERS: Final = (
+    "ksm_rmap_items",
+    "ksm_zero_pages",
+    "ksm_merging_pages",
+    "ksm_process_profit",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Predicted and actual figures by the counter's name."""
+
+    predicted: dict[str, int | None]
+    actual: dict[str, int]
+    bounds: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def difference(self) -> dict[str, int]:
+        """Actual less predicted; less the nearer bound where the prediction is a range."""
+        out = {}
+        for name, value in self.actual.items():
+            predicted = self.predicted[name]
+            if predicted is not None:
+                out[name] = value - predicted
+            elif name in self.bounds:
+                low, high = self.bounds[name]
+                out[name] = min(0, value - low) or max(0, value - high)
+        return out
+
+    def holds(self, tolerance_pages: int = 0, page_size: int = 4096) -> bool:
+        """Whether all figures agree within a number of pages."""
+        for name, off in self.difference.items():
+            unit = page_size if name.endswith("profit") else 1
+            if abs(off) > tolerance_pages * unit:
+                return False
+        return True
+
+
+def compare(prediction: Prediction, actual: Counters) -> Comparison:
+    """Global counters."""
+    return Comparison(
+        {name: getattr(prediction, name) for name in COUNTERS},
+        {name: getattr(actual, name) for name in COUNTERS},
+        {k: v for k, v in prediction.bounds.items() if k in COUNTERS},
+    )
+
+
+def compare_process(prediction: ProcessPrediction, actual: ProcessCounters) -> Comparison:
+    """ksm_stat of one process."""
+    return Comparison(
+        {name: getattr(prediction, name) for name in PROCESS_COUNTERS},
+        {name: getattr(actual, name) for name in PROCESS_COUNTERS},
+        prediction.bounds,
+    )

@@ -1,0 +1,109 @@
+"""Wait until ksmd has really converged.
+
+The rule (mm/ksm.c): a merge shows two full scans after its memory is mergeable, a pair inside one
+huge page one later, rmap_items of zero pages one later again. So: at least five full scans, then
+all counters the same over two more.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from dedup.errors import CheckFailed, KsmNotRunning
+from dedup.kernel.ksm import RUN_MERGE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dedup.kernel.ksm import Counters, Ksm
+
+LEAST_SCANS: Final = 5
+STILL_SCANS: Final = 2
+POLL_SECONDS: Final = 0.004
+
+
+@dataclass(frozen=True, slots=True)
+class Convergence:
+    """How long it took."""
+
+    counters: Counters
+    full_scans: int
+    seconds: float
+
+
+def scans(ksm: Ksm, count: int, timeout_seconds: float) -> Counters:
+    """Wait for `count` more full scans.
+
+    Raises
+    ------
+    CheckFailed
+        Not within the time.
+    KsmNotRunning
+        Somebody stopped ksmd.
+    """
+    begin = time.monotonic()
+    first = ksm.counters().full_scans
+    while (now := ksm.counters()).full_scans - first < count:
+        _require_running(ksm, begin, timeout_seconds, now, first)
+        time.sleep(POLL_SECONDS)
+    return now
+
+
+def converge(
+    ksm: Ksm,
+    timeout_seconds: float,
+    progress: Callable[[Counters], None] | None = None,
+    settled: Callable[[], tuple[int, ...]] | None = None,
+) -> Convergence:
+    """Wait until the counters stand still.
+
+    Parameters
+    ----------
+    ksm : Ksm
+    timeout_seconds : float
+    progress : callable, optional
+        Called with the counters now and then.
+    settled : callable, optional
+        What must stand still; by default KSM's own counters.
+
+    Raises
+    ------
+    CheckFailed
+        Not within the time.
+    KsmNotRunning
+        Somebody stopped ksmd.
+    """
+    begin = time.monotonic()
+    first = since = ksm.counters().full_scans
+    last: tuple[int, ...] | None = None
+    while True:
+        now = ksm.counters()
+        figures = settled() if settled else now.settled()
+        if figures != last:
+            last, since = figures, now.full_scans
+        # A scan is under way when the figures are read: one more makes it whole.
+        if (
+            now.full_scans - first >= LEAST_SCANS + STILL_SCANS
+            and now.full_scans - since > STILL_SCANS
+        ):
+            return Convergence(now, now.full_scans - first, time.monotonic() - begin)
+        if progress is not None:
+            progress(now)
+        _require_running(ksm, begin, timeout_seconds, now, first)
+        time.sleep(POLL_SECONDS)
+
+
+def _require_running(
+    ksm: Ksm, begin: float, timeout_seconds: float, now: Counters, first: int
+) -> None:
+    if time.monotonic() - begin > timeout_seconds:
+        raise CheckFailed(
+            f"ksmd has not converged in {timeout_seconds:.0f} s "
+            f"({now.full_scans - first} full scans)",
+            "give it more time, or more pages a batch: "
+            "`echo 5000 > /sys/kernel/mm/ksm/pages_to_scan`",
+        )
+    if ksm.tunables().get("run") != RUN_MERGE:
+        raise KsmNotRunning("ksmd was stopped by somebody else while we waited")

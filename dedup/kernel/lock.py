@@ -1,0 +1,92 @@
+"""One of us at a time: a lock on this host's KSM.
+
+Source: flock(2); the kernel lets go of it when its holder ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Self
+
+from dedup.errors import Busy, NotPermitted, OutputFailed
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+STATE: Final = Path("/run/dedup")
+"""Lock and journal. Gone after a reboot, as are the kernel's settings that they speak of."""
+
+
+def make_state_folder(state: Path) -> None:
+    """Make the folder for lock and journal.
+
+    Raises
+    ------
+    NotPermitted, OutputFailed
+    """
+    try:
+        state.mkdir(mode=0o755, parents=True, exist_ok=True)
+    except PermissionError as e:
+        raise NotPermitted(f"may not make {state}: {e.strerror}") from e
+    except OSError as e:
+        raise OutputFailed(f"making {state} failed: {e.strerror}", "") from e
+
+
+class HostLock:
+    """Held by whoever changes KSM's settings.
+
+    Parameters
+    ----------
+    state : Path, optional
+        Folder of the lock file.
+    """
+
+    def __init__(self, state: Path = STATE) -> None:
+        self.path = state / "lock"
+        self._fd = -1
+
+    def __enter__(self) -> Self:
+        self.acquire()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def acquire(self) -> None:
+        """Take the lock, or fail at once.
+
+        Raises
+        ------
+        Busy
+            Another run of ours holds it.
+        NotPermitted, OutputFailed
+        """
+        make_state_folder(self.path.parent)
+        try:
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        except PermissionError as e:
+            raise NotPermitted(f"may not lock {self.path}: {e.strerror}") from e
+        except OSError as e:
+            raise OutputFailed(f"opening {self.path} failed: {e.strerror}", "") from e
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            holder = os.read(fd, 32).decode(errors="replace").strip()
+            os.close(fd)
+            raise Busy(
+                f"another dedup (pid {holder or 'unknown'}) is changing KSM on this host",
+                "wait until it is done, or stop it: it puts everything back",
+            ) from e
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        self._fd = fd
+
+    def release(self) -> None:
+        """Let go; may be called twice."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

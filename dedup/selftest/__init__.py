@@ -1,0 +1,1 @@
+"""The self-test: known layouts, predicted, merged by the real ksmd, counted, unmerged."""
