@@ -1,0 +1,101 @@
+"""What kernel samepage merging (KSM) would save here, made so, and held against the kernel.
+
+>>> import dedup
+>>> scan = dedup.scan(pids=[1234])  # doctest: +SKIP
+>>> scan.prediction.pages_sharing  # doctest: +SKIP
+>>> with dedup.merge(array) as merged:  # doctest: +SKIP
+...     merged.difference
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Literal
+
+    from dedup.errors import DedupError
+    from dedup.merging import Merge, merge
+    from dedup.scanning import Scan
+
+__all__ = ["DedupError", "Merge", "Scan", "merge", "scan"]
+
+_LAZY = {
+    "DedupError": "dedup.errors",
+    "Merge": "dedup.merging",
+    "Scan": "dedup.scanning",
+    "merge": "dedup.merging",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # NumPy and the compiled core come with the first use, not with `import dedup`.
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'dedup' has no attribute {name!r}")
+
+
+def scan(
+    pids: Sequence[int] = (),
+    *,
+    arrays: Sequence[Any] = (),
+    scope: Literal["compatible", "advised"] = "compatible",
+    passes: int = 2,
+    interval_seconds: float | None = None,
+    full_scan_seconds: float | None = None,
+    threads: int | None = None,
+    seed: int | None = None,
+) -> Scan:
+    """Predict what KSM would merge in live processes, or in arrays of this process.
+
+    Parameters
+    ----------
+    pids : sequence of int
+        Processes.
+    arrays : sequence of array_like
+        Our own memory instead, hashed where it lies; whole pages take part.
+    scope : {"compatible", "advised"}
+        Every mapping that KSM would accept were it advised, or those marked mergeable now.
+    passes : int
+        Looks at the memory: pages whose content differs between two are volatile.
+    interval_seconds : float, optional
+        Between looks; by default from the time of ksmd's full scan, at most 5 s.
+    full_scan_seconds : float, optional
+        That time, where other tunables than the present ones are intended.
+    threads : int, optional
+        That read; by default the cores that we may use.
+    seed : int, optional
+        Of the hash; drawn anew by default.
+
+    Returns
+    -------
+    Scan
+        Its `prediction` has the kernel's counters, in pages; `pages` has the arrays.
+
+    Raises
+    ------
+    DedupError
+        `NoSuchProcess`, `NoMemory`, `NotPermitted`, `NotMergeable`, `Usage`.
+    """
+    from dedup.errors import Usage
+    from dedup.scanning import Plan, scan_pids, scan_spans
+    from dedup.sources.live import Options
+
+    plan = Plan(
+        options=Options(scope=scope, threads=threads or 0, seed=seed),
+        passes=passes,
+        interval_seconds=interval_seconds,
+        full_scan_seconds=full_scan_seconds,
+    )
+    if len(arrays):
+        if len(pids):
+            raise Usage("pids and arrays don't go together", "scan them one after the other")
+        from dedup.merging import piece_of
+
+        return scan_spans([piece_of(a).span for a in arrays], plan)
+    if not len(pids):
+        raise Usage("nothing chosen to scan", "name pids or arrays: `dedup.scan(pids=[1234])`")
+    return scan_pids(list(pids), plan)

@@ -129,3 +129,10 @@ class Interrupted(DedupError):
     def __init__(self, message: str, signal_number: int = 2, hint: str | None = None) -> None:
         super().__init__(message, hint)
         self.signal_number = signal_number
+
+
+class NotMergeable(Unsupported):
+    """KSM does not, or would not, take this memory."""
+
+    code = "not-mergeable"
+    default_hint = "start the program with `dedup run -- CMD`: all its memory is mergeable then"

@@ -119,7 +119,11 @@ class Journal:
         return found
 
     def restore(
-        self, read: Callable[[str], str], write: Callable[[str, str], None]
+        self,
+        read: Callable[[str], str],
+        write: Callable[[str, str], None],
+        *,
+        dry_run: bool = False,
     ) -> list[Restored]:
         """Put everything back, the newest change first; remove the journal when all is done.
 
@@ -131,6 +135,8 @@ class Journal:
             ``read(path) -> value``.
         write : callable
             ``write(path, value)``; raises `DedupError` when it can't.
+        dry_run : bool
+            Keep the journal; `write` then does nothing.
         """
         from dedup.errors import DedupError
 
@@ -154,6 +160,6 @@ class Journal:
             except (DedupError, OSError) as e:
                 found, outcome, why = "?", "failed", str(e)
             done.append(Restored(path, first[path], found, outcome, why))
-        if not any(r.outcome == "failed" for r in done):
+        if not dry_run and not any(r.outcome == "failed" for r in done):
             self.path.unlink(missing_ok=True)
         return done

@@ -172,3 +172,13 @@ def restore(ksm: Ksm, state: Path = STATE) -> list[Restored]:
         raise NotPermitted(f"may not write KSM's tunables in {ksm.root}")
     with HostLock(state):
         return Journal(state).restore(read_setting, write_setting)
+
+
+def planned_restore(state: Path = STATE) -> list[Restored]:
+    """What `restore` would do, without doing it.
+
+    Raises
+    ------
+    NotPermitted, OutputFailed
+    """
+    return Journal(state).restore(read_setting, lambda _path, _value: None, dry_run=True)

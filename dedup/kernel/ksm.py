@@ -225,3 +225,21 @@ def ksmd_cpu_seconds(proc: Path = Path("/proc")) -> float | None:
         return None
     stat = (proc / str(pid) / "stat").read_text().rpartition(")")[2].split()
     return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def users(proc: Path = Path("/proc")) -> dict[int, str]:
+    """Processes that KSM works for, or would: pid and name. Root sees all of them."""
+    from dedup.errors import NoSuchProcess
+    from dedup.kernel.processes import Handle, pids
+
+    found = {}
+    for pid in pids(proc):
+        try:
+            with Handle(pid, proc) as handle:
+                c = process_counters(handle)
+                name = handle.info.name
+        except (NoSuchProcess, NotPermitted):
+            continue  # ended meanwhile, or hidden from us
+        if c is not None and (c.ksm_rmap_items or c.ksm_mergeable or c.ksm_merge_any):
+            found[pid] = name
+    return found

@@ -193,7 +193,7 @@ def _huge_cases(n: int) -> list[Case]:
 
 
 def _everything(n: int) -> Case:
-    regions = (
+    regions: tuple[RegionSpec, ...] = (
         _anon(("unique", 200), ("zero", 50), ("equal", 300), *_distinct("common", 60)),
         RegionSpec("locked", (("equal", 30), ("zero", 5))),
         RegionSpec("shared", (("equal", 10),)),

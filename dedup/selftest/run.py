@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from dedup.change import verify, wait
 from dedup.change.tunables import NR_HUGEPAGES, Tunables, others_at_the_knobs
-from dedup.errors import DedupError, OutputFailed
+from dedup.errors import OutputFailed
 from dedup.kernel import ksm as ksm_interface
 from dedup.kernel import maps, pagemap
 from dedup.kernel.ksm import RUN_MERGE, RUN_STOP, RUN_UNMERGE, Ksm
-from dedup.kernel.processes import Handle, pids
+from dedup.kernel.processes import Handle
 from dedup.scanning import Plan, scan_pids
 from dedup.selftest.cases import Case, all_cases
 from dedup.sources.live import Options
@@ -327,21 +327,6 @@ class Runner:
         return ""
 
 
-def others_with_ksm() -> list[str]:
-    """Processes on this host that KSM works for already, a word each."""
-    found = []
-    for pid in pids():
-        try:
-            with Handle(pid) as handle:
-                c = ksm_interface.process_counters(handle)
-                name = handle.info.name
-        except DedupError:
-            continue  # ended meanwhile
-        if c is not None and (c.ksm_rmap_items or c.ksm_mergeable or c.ksm_merge_any):
-            found.append(f"{name} (pid {pid})")
-    return found
-
-
 def run(
     wanted: Callable[[Case], bool] = lambda _: True,
     progress: Callable[[str, int, int], None] | None = None,
@@ -363,7 +348,7 @@ def run(
     with tunables:
         test.leftover = tunables.leftover
         test.warnings = others_at_the_knobs()
-        test.others = others_with_ksm()
+        test.others = [f"{name} (pid {pid})" for pid, name in ksm_interface.users().items()]
         runner = Runner(ksm, tunables, alone=not test.others)
         runner.prepare()
         huge = runner.sight.huge_bytes // runner.sight.page_size

@@ -1,0 +1,243 @@
+"""Wait for ksmd over chosen processes, and hold its counters against the prediction."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from dedup.change import verify, wait
+from dedup.change.tunables import Tunables, others_at_the_knobs
+from dedup.errors import KsmNotRunning, NotMergeable
+from dedup.kernel import ksm as ksm_interface
+from dedup.kernel import meminfo
+from dedup.kernel.ksm import RUN_MERGE, Ksm
+from dedup.kernel.processes import Handle
+from dedup.scanning import Plan, Scan, scan_pids
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from dedup.change.journal import Restored
+    from dedup.kernel.ksm import Counters, ProcessCounters
+
+TIMEOUT_SECONDS: Final = 600.0
+
+SUMMED: Final = ("ksm_rmap_items", "ksm_zero_pages", "ksm_merging_pages", "ksm_process_profit")
+
+
+@dataclass(slots=True)
+class ProcessOutcome:
+    """One process, predicted and counted."""
+
+    pid: int
+    name: str
+    comparison: verify.Comparison | None
+    """None where the process ended, or its counters are hidden."""
+
+
+@dataclass(slots=True)
+class Application:
+    """What an application predicted, and what the kernel's counters say."""
+
+    scan: Scan
+    comparison: verify.Comparison
+    by_process: bool
+    """Others use KSM on this host: the comparison is the sum over the processes."""
+    processes: list[ProcessOutcome]
+    full_scans: int
+    seconds: float
+    memory_before: meminfo.Memory
+    memory_after: meminfo.Memory
+    tolerance_pages: int
+    smart_scan: bool
+    """Whether smart scan was on: unshared and volatile then count as one."""
+    restored: list[Restored] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def holds(self) -> bool:
+        """Whether the prediction holds within the tolerance."""
+        return self.comparison.holds(self.tolerance_pages, self.scan.pages.page_size)
+
+
+def apply(
+    pids: Sequence[int],
+    plan: Plan,
+    *,
+    start_ksmd: bool = False,
+    keep_tunables: bool = False,
+    tolerance_pages: int | None = None,
+    timeout_seconds: float = TIMEOUT_SECONDS,
+    progress: Callable[[Counters], None] | None = None,
+) -> Application:
+    """Predict, wait for ksmd, compare. The processes' memory must be mergeable already.
+
+    Parameters
+    ----------
+    pids : sequence of int
+    plan : Plan
+        Its scope is `advised`.
+    start_ksmd : bool
+        Let ksmd run for the time of the call where it rests.
+    keep_tunables : bool
+        Change no tunable, smart scan neither.
+    tolerance_pages : int, optional
+        Pages by which a counter may differ; by default those seen volatile.
+    timeout_seconds : float
+    progress : callable, optional
+
+    Raises
+    ------
+    NotMergeable
+        Nothing of it is mergeable.
+    KsmNotRunning
+        ksmd rests and `start_ksmd` was not given.
+    CheckFailed
+        ksmd does not converge in time, or somebody else changes the tunables.
+    NotPermitted, Busy
+    """
+    ksm = Ksm()
+    ksm.require()
+    if not start_ksmd and ksm.tunables().get("run") != RUN_MERGE:
+        raise KsmNotRunning("ksmd is not running, so nothing would merge")
+    with ExitStack() as stack:
+        tunables: Tunables | None = None
+        if not keep_tunables or start_ksmd:
+            tunables = stack.enter_context(Tunables(ksm))
+        before = meminfo.read()
+        scan = scan_pids(pids, plan)
+        require_mergeable(scan)
+        alone = _alone(ksm, pids)
+        if tunables is not None:
+            if not keep_tunables and "smart_scan" in ksm.tunables():
+                tunables.set("smart_scan", 0)
+            tunables.set("run", RUN_MERGE)
+        done = wait.converge(
+            ksm,
+            timeout_seconds,
+            progress,
+            settled=None if alone else lambda: tuple(_sums(_read_all(pids)).values()),
+        )
+        if tunables is not None:
+            tunables.require_unchanged()
+        counted = _read_all(pids)
+        result = Application(
+            scan=scan,
+            comparison=verify.compare(scan.prediction, ksm.counters())
+            if alone
+            else _compare_sums(scan, counted),
+            by_process=not alone,
+            processes=_outcomes(scan, counted),
+            full_scans=done.full_scans,
+            seconds=done.seconds,
+            memory_before=before,
+            memory_after=meminfo.read(),
+            tolerance_pages=_tolerance(scan) if tolerance_pages is None else tolerance_pages,
+            smart_scan=bool(ksm.tunables().get("smart_scan", 0)),
+            warnings=others_at_the_knobs(),
+        )
+        if result.smart_scan:
+            result.comparison = _unshared_and_volatile_as_one(result.comparison)
+    if tunables is not None:
+        result.restored = tunables.restored
+    return result
+
+
+def require_mergeable(scan: Scan) -> None:
+    """Raise when none of the scanned memory is mergeable.
+
+    Raises
+    ------
+    NotMergeable
+    """
+    if not any(r.advised for r in scan.pages.regions):
+        raise NotMergeable(
+            "none of the chosen processes' memory is mergeable (no mapping has VmFlags `mg`)"
+        )
+
+
+def _tolerance(scan: Scan) -> int:
+    """Pages seen volatile: each may be counted here or there."""
+    from dedup.pages import Flag
+
+    unstable = scan.pages.present & ((scan.pages.frames & (Flag.VOLATILE | Flag.NEW)) != 0)
+    return int(unstable.sum())
+
+
+def _alone(ksm: Ksm, pids: Sequence[int]) -> bool:
+    """Whether these processes are the only ones that KSM works for."""
+    mine = set(pids)
+    for pid in ksm_interface.users():
+        if pid not in mine:
+            return False
+    known = sum(c.ksm_rmap_items for c in _read_all(pids).values())
+    return ksm.counters().rmap_items <= known
+
+
+def _read_all(pids: Sequence[int]) -> dict[int, ProcessCounters]:
+    from dedup.errors import NoSuchProcess
+
+    found = {}
+    for pid in pids:
+        try:
+            with Handle(pid) as handle:
+                counters = ksm_interface.process_counters(handle)
+        except NoSuchProcess:
+            continue  # ended meanwhile: `skipped` or the comparison tells
+        if counters is not None:
+            found[pid] = counters
+    return found
+
+
+def _sums(counted: dict[int, ProcessCounters]) -> dict[str, int]:
+    return {n: sum(getattr(c, n) for c in counted.values()) for n in SUMMED}
+
+
+def _compare_sums(scan: Scan, counted: dict[int, ProcessCounters]) -> verify.Comparison:
+    predicted: dict[str, int | None] = {}
+    bounds: dict[str, tuple[int, int]] = {}
+    for name in SUMMED:
+        ranges: list[Any] = [
+            p.bounds.get(name, (getattr(p, name), getattr(p, name)))
+            for p in scan.prediction.processes
+        ]
+        low, high = sum(r[0] for r in ranges), sum(r[1] for r in ranges)
+        predicted[name] = low if low == high else None
+        if low != high:
+            bounds[name] = (low, high)
+    return verify.Comparison(predicted, _sums(counted), bounds)
+
+
+def _outcomes(scan: Scan, counted: dict[int, ProcessCounters]) -> list[ProcessOutcome]:
+    out = []
+    for process, predicted in zip(scan.pages.processes, scan.prediction.processes, strict=True):
+        pid = process.id.pid
+        actual = counted.get(pid)
+        comparison = verify.compare_process(predicted, actual) if actual else None
+        out.append(ProcessOutcome(pid, process.name, comparison))
+    return out
+
+
+def _unshared_and_volatile_as_one(c: verify.Comparison) -> verify.Comparison:
+    """With smart scan on, pages that ksmd passes over count as volatile: only the sum holds."""
+    if "pages_unshared" not in c.actual:
+        return c
+    predicted, actual = dict(c.predicted), dict(c.actual)
+    unshared, volatile = predicted["pages_unshared"], predicted["pages_volatile"]
+    actual["pages_unshared"] += actual["pages_volatile"]
+    predicted["pages_unshared"] = (
+        None if unshared is None or volatile is None else unshared + volatile
+    )
+    del predicted["pages_volatile"], actual["pages_volatile"]
+    return verify.Comparison(
+        {
+            ("pages_unshared_and_volatile" if k == "pages_unshared" else k): v
+            for k, v in predicted.items()
+        },
+        {
+            ("pages_unshared_and_volatile" if k == "pages_unshared" else k): v
+            for k, v in actual.items()
+        },
+        {k: v for k, v in c.bounds.items() if k not in {"pages_unshared", "pages_volatile"}},
+    )

@@ -1,0 +1,112 @@
+"""Exit statuses: every way that a command can end, in one place."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import traceback
+from typing import TYPE_CHECKING, Final, NoReturn
+
+import click
+
+from dedup.cli import output
+from dedup.cli.root import command
+from dedup.errors import DedupError, Interrupted, OutputFailed, Usage
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+DEFECT: Final = 70
+RUN_FAILED: Final = 125
+"""Status of `dedup run` for failures of its own, as `env` and `timeout` have it."""
+
+OUTPUT_ERRNOS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+def run(argv: list[str]) -> int:
+    """Run the command line `argv` and give the exit status; never raises."""
+    _catch_signals()
+    try:
+        status = _run(argv)
+        output.flush()
+    except DedupError as e:
+        return _failed(e, argv)
+    return status
+
+
+def _run(argv: list[str]) -> int:
+    try:
+        status = command.main(argv, prog_name="dedup", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as e:
+        click.echo(e.format_message())
+        return Usage.exit_status
+    except click.ClickException as e:
+        return _failed(_usage(e), argv)
+    except (click.Abort, KeyboardInterrupt):
+        return _failed(Interrupted("interrupted"), argv)
+    except DedupError as e:
+        return _failed(e, argv)
+    except BrokenPipeError:
+        output.drop_stdout()
+        return 0
+    except MemoryError:
+        return _failed(
+            OutputFailed("out of memory", "scan fewer processes at a time: `--pid`, `--name`"), argv
+        )
+    except OSError as e:
+        if e.errno in OUTPUT_ERRNOS:
+            return _failed(OutputFailed(f"writing failed: {e.strerror}"), argv)
+        return _defect(e, argv)
+    except Exception as e:  # noqa: BLE001 - whatever it is, the user gets a word and a status
+        return _defect(e, argv)
+    return status if isinstance(status, int) else 0
+
+
+def _usage(e: click.ClickException) -> Usage:
+    """The words of click, as an error of ours."""
+    message = e.format_message().strip().rstrip(".")
+    message = message[:1].lower() + message[1:]
+    ctx = e.ctx if isinstance(e, click.UsageError) else None
+    return Usage(message, f"see `{ctx.command_path if ctx else 'dedup'} --help`")
+
+
+def _failed(e: DedupError, argv: list[str]) -> int:
+    """Tell of an error and give its status."""
+    words = argv[: argv.index("--")] if "--" in argv else argv
+    running = next((w for w in words if not w.startswith("-")), "") == "run"
+    status = e.exit_status
+    if isinstance(e, Interrupted):
+        status = 128 + e.signal_number
+    elif running:
+        status = getattr(e, "run_status", RUN_FAILED)
+    from dedup.report.hints import typable
+
+    output.error(e, typable(e.hint), json="--json" in words and not running)
+    return status
+
+
+def _defect(e: Exception, argv: list[str]) -> int:
+    """Tell of an exception that nobody expected."""
+    if os.environ.get("DEDUP_TRACEBACK") == "1":
+        traceback.print_exception(e)
+    where = traceback.extract_tb(e.__traceback__)[-1]
+    place = f"{os.path.basename(where.filename)}:{where.lineno}"
+    error = DedupError(
+        f"this is a defect of dedup, not of yours: {type(e).__name__} in {place}: {e}",
+        "please report it with the output of the same command under DEDUP_TRACEBACK=1",
+    )
+    _failed(error, argv)
+    return DEFECT
+
+
+def _catch_signals() -> None:
+    """SIGTERM and SIGHUP unwind like Ctrl-C, so that what was changed is put back."""
+
+    def interrupt(number: int, _frame: FrameType | None) -> NoReturn:
+        raise Interrupted(f"ended by {signal.Signals(number).name}", number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # What nohup made ignored stays so.
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, interrupt)

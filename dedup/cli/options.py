@@ -1,0 +1,96 @@
+"""Options that several commands share: which processes, and how to speak."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dedup.cli.output import Output
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Callback = Callable[..., Any]
+
+
+class Seconds(click.ParamType):  # type: ignore[type-arg,unused-ignore] # generic since 8.5
+    """A number of seconds, above 0; with `auto`, that word too, which gives None."""
+
+    name = "seconds"
+
+    def __init__(self, *, auto: bool = False) -> None:
+        self.auto = auto
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float | None:
+        """Seconds of the word, None for `auto`."""
+        if self.auto and value == "auto":
+            return None
+        try:
+            seconds = float(value)
+        except ValueError:
+            seconds = math.nan
+        if not 0 < seconds < math.inf:
+            also = ", or auto" if self.auto else ""
+            self.fail(f"{value!r} is not a number of seconds above 0{also}", param, ctx)
+        return seconds
+
+
+def chooses_processes(f: Callback) -> Callback:
+    """Add the options that choose processes; the function gets `choice` (kernel.processes).
+
+    `dedup.scanning.choose(choice)` makes pids of it, and has the errors.
+    """
+
+    @functools.wraps(f)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        from dedup.kernel.processes import Choice
+
+        parts = {
+            field: kwargs.pop(field)
+            for field in ("pids", "names", "users", "cgroups", "containers", "trees", "all")
+        }
+        return f(*args, choice=Choice(**parts), **kwargs)
+
+    pid = click.IntRange(min=1)
+    options = [
+        click.option("--pid", "pids", type=pid, multiple=True, metavar="N", help="This process."),
+        click.option("--name", "names", multiple=True, metavar="GLOB",
+                     help="Processes of this name, as `ps -o comm` has it: 'redis*'."),
+        click.option("--user", "users", multiple=True, metavar="NAME", help="Of this user."),
+        click.option("--cgroup", "cgroups", multiple=True, metavar="PATH",
+                     help="In this cgroup or below it: /system.slice/redis.service."),
+        click.option("--container", "containers", multiple=True, metavar="NAME",
+                     help="In this container, by name or id."),
+        click.option("--tree", "trees", type=pid, multiple=True, metavar="PID",
+                     help="This process with its descendants."),
+        click.option("--all", "all", is_flag=True, help="All processes."),
+    ]  # fmt: skip
+    return _add(call, options)
+
+
+def reports(f: Callback) -> Callback:
+    """Add `--json`, `--color` and `--ascii`; the function gets `output` (cli.output.Output)."""
+
+    @functools.wraps(f)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        parts = {field: kwargs.pop(field) for field in ("json", "color", "ascii")}
+        return f(*args, output=Output(**parts), **kwargs)
+
+    options = [
+        click.option("--json", "json", is_flag=True, help="One JSON object on stdout."),
+        click.option("--color", type=click.Choice(["auto", "always", "never"]), default="auto",
+                     show_default=True, help="Colours; NO_COLOR is respected."),
+        click.option("--ascii", "ascii", is_flag=True, help="Nothing but ASCII."),
+    ]  # fmt: skip
+    return _add(call, options)
+
+
+def _add(f: Callback, options: list[Callback]) -> Callback:
+    for option in reversed(options):
+        f = option(f)
+    return f

@@ -1,0 +1,103 @@
+"""`dedup scan`: predict what KSM would merge in live processes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dedup.cli.options import Seconds, chooses_processes, reports
+from dedup.cli.root import Exemplified
+from dedup.errors import Partial
+
+if TYPE_CHECKING:
+    from dedup.cli.output import Output
+    from dedup.kernel.processes import Choice
+
+
+@click.command(
+    cls=Exemplified,
+    examples=[
+        ("dedup scan --pid 1234", "what KSM would merge in a process"),
+        ("dedup scan --name 'redis*'", "in several, and between them"),
+        ("dedup scan --all --by unit", "which services are worth it"),
+        ("dedup scan --pid 1234 --json", "the same for programs"),
+    ],
+)
+@chooses_processes
+@click.option(
+    "--by", type=click.Choice(["name", "user", "cgroup", "unit"]),
+    help="Group the processes and rank the groups by what each would save alone.",
+)  # fmt: skip
+@click.option(
+    "--scope", type=click.Choice(["compatible", "advised"]), default="compatible",
+    show_default=True,
+    help="Every mapping that KSM would accept were it advised, or only those marked mergeable now.",
+)  # fmt: skip
+@click.option(
+    "--passes", type=click.IntRange(min=1), default=2, show_default=True, metavar="N",
+    help="Looks at the memory: pages whose content differs between them are volatile.",
+)  # fmt: skip
+@click.option(
+    "--interval", type=Seconds(auto=True), default="auto", show_default=True,
+    metavar="SECONDS|auto",
+    help="Between looks; auto goes by the time of ksmd's full scan, at most 5 s.",
+)  # fmt: skip
+@click.option(
+    "--full-scan", type=Seconds(), metavar="SECONDS",
+    help="Time of ksmd's full scan, where you mean to change the tunables.",
+)  # fmt: skip
+@click.option(
+    "--seed", type=click.IntRange(0, (1 << 64) - 1), metavar="N",
+    help="Of the hash; drawn anew for each scan by default.",
+)  # fmt: skip
+@click.option(
+    "--threads", type=click.IntRange(1, 1024), metavar="N",
+    help="Reading threads; by default the cores that we may use.",
+)  # fmt: skip
+@reports
+@click.option("--verbose", "-v", is_flag=True, help="Show all processes and regions.")
+def command(
+    choice: Choice,
+    output: Output,
+    by: Any,
+    scope: Any,
+    passes: int,
+    interval: float | None,
+    full_scan: float | None,
+    seed: int | None,
+    threads: int | None,
+    verbose: bool,
+) -> int:
+    """Predict what KSM would merge in live processes.
+
+    It reads their memory and changes nothing: no page is faulted in, unshared or split, no process
+    stops. The figures are what the kernel's counters show once ksmd has converged with smart scan
+    off. Your own processes need no root; root sees frame numbers, which makes all figures exact.
+    """
+    from dedup import scanning
+    from dedup.change.tunables import others_at_the_knobs
+    from dedup.report import jsonout, text
+    from dedup.sources.live import Options
+
+    pids = scanning.choose(choice)
+    with output.progress() as progress:
+        scan = scanning.scan_pids(
+            pids,
+            scanning.Plan(
+                options=Options(scope=scope, threads=threads or 0, seed=seed, progress=progress),
+                passes=passes,
+                interval_seconds=interval,
+                full_scan_seconds=full_scan,
+            ),
+        )
+    if output.json:
+        output.result(jsonout.scan_object(scan, by))
+    else:
+        view = text.View(scan, by=by, verbose=verbose, width=output.width, plain=output.plain)
+        output.show(*view.result())
+        output.advise(*(f"Warning: {other}" for other in others_at_the_knobs()), *view.advice())
+    if scan.complete:
+        return 0
+    output.note(f"dedup: done in part: {text.partial(scan)}")
+    return Partial.exit_status

@@ -1,0 +1,139 @@
+"""Figures that the text and the JSON have in common, added up from a scan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal
+
+import numpy as np
+
+from dedup.model import merge
+from dedup.pages import FRAME_MASK, Flag
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dedup.pages import I64, Bool, Pages, Process, Skipped
+    from dedup.scanning import Scan
+
+By = Literal["name", "user", "cgroup", "unit"]
+
+CHUNK_PAGES: Final = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class RegionPages:
+    """Pages by region, in the order of `Pages.regions`."""
+
+    pages: I64
+    """There at the last look."""
+    duplicates: I64
+    """Those whose content is there more than once in this scan."""
+    volatile: I64
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """Processes that belong together, and what they would save if they alone were mergeable."""
+
+    name: str
+    processes: int
+    pages: int
+    frames_freed_alone: int
+    saved_alone_bytes: int
+    """Less the memory of their rmap_items."""
+
+
+def by_region(pages: Pages) -> RegionPages:
+    """Count pages by region."""
+    present = pages.present
+    return RegionPages(
+        pages=_count(pages, present),
+        duplicates=_count(pages, present & ((pages.frames & Flag.DUPLICATE) != 0)),
+        volatile=_count(pages, present & ((pages.frames & merge.UNSTABLE) != 0)),
+    )
+
+
+def _count(pages: Pages, mask: Bool) -> I64:
+    total = np.zeros(len(pages.regions), np.int64)
+    if len(pages.run_first):
+        order = np.argsort(pages.run_first, kind="stable")
+        per_run = np.add.reduceat(mask, pages.run_first[order], dtype=np.int64)
+        np.add.at(total, pages.run_region[order], per_run)
+    return total
+
+
+def by_process(pages: Pages, counts: I64) -> I64:
+    """Add up counts by region to counts by process."""
+    total = np.zeros(len(pages.processes), np.int64)
+    if len(counts):
+        np.add.at(total, pages.process_of_region(), counts)
+    return total
+
+
+def distinct_frames(pages: Pages) -> int | None:
+    """Frames under the scanned pages; None where frame numbers are hidden."""
+    if not pages.frames_known:
+        return None
+    exclusive = 0
+    shared = []
+    # In pieces: the masks of a whole host would take as much memory again.
+    for at in range(0, len(pages.frames), CHUNK_PAGES):
+        word = pages.frames[at : at + CHUNK_PAGES]
+        word = word[(word & (Flag.GONE | Flag.UNREAD)) == 0]
+        alone = (word & Flag.EXCLUSIVE) != 0
+        exclusive += int(np.count_nonzero(alone))
+        shared.append(np.unique(word[~alone] & FRAME_MASK))
+    return exclusive + (len(np.unique(np.concatenate(shared))) if shared else 0)
+
+
+def services(scan: Scan, by: By) -> list[Service]:
+    """Group the processes and rank them by what each group would save alone."""
+    pages = scan.pages
+    names = sorted({_label(p, by) for p in pages.processes})
+    place = {name: i for i, name in enumerate(names)}
+    labels = [place[_label(p, by)] for p in pages.processes]
+    frames = merge.savings_alone(pages, scan.groups, labels)
+    count = np.bincount(labels, minlength=len(names))
+    mappings = np.zeros(len(names), np.int64)
+    np.add.at(mappings, labels, by_process(pages, by_region(pages).pages))
+    found = [
+        Service(
+            name=name,
+            processes=int(count[i]),
+            pages=int(mappings[i]),
+            frames_freed_alone=int(frames[i]),
+            saved_alone_bytes=int(frames[i]) * pages.page_size
+            - int(mappings[i]) * merge.RMAP_ITEM_BYTES,
+        )
+        for i, name in enumerate(names)
+    ]
+    return sorted(found, key=lambda s: (-s.saved_alone_bytes, s.name))
+
+
+def _label(process: Process, by: By) -> str:
+    return {
+        "name": process.name,
+        "user": process.user,
+        "cgroup": process.cgroup,
+        "unit": process.unit,
+    }[by]
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Things skipped for the same reason."""
+
+    code: str
+    pids: list[int]
+    example: str
+
+
+def left_out(skipped: Sequence[Skipped]) -> list[LeftOut]:
+    """What was skipped, by reason, the most frequent first."""
+    found: dict[str, LeftOut] = {}
+    for s in skipped:
+        entry = found.setdefault(s.code, LeftOut(s.code, [], s.what))
+        if s.pid is not None:
+            entry.pids.append(s.pid)
+    return sorted(found.values(), key=lambda e: -len(e.pids))

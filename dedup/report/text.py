@@ -1,0 +1,546 @@
+"""A scan for people: read at a glance, in 80 columns and down to 40."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from dedup.report import summary
+from dedup.report.hints import as_root, typable
+from dedup.report.names import ANONYMOUS, safe, shorten
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from rich.console import RenderableType
+
+    from dedup.model.merge import ProcessPrediction
+    from dedup.pages import Process, Region
+    from dedup.report.summary import By, RegionPages
+    from dedup.scanning import Scan
+
+TOP: Final = 8
+TOP_LEAST: Final = 3
+"""Rows of a table, and of one in which nothing would merge."""
+NAME_LEAST: Final = 14
+"""Columns that a name gets before others are left out for it."""
+TWO_COLUMNS_FROM: Final = 72
+KERNELS_OWN: Final = frozenset({"[vvar]", "[vvar_vclock]", "[vdso]", "[vsyscall]"})
+RUN_FILE: Final = "/sys/kernel/mm/ksm/run"
+LEFT_OUT_WORDS: Final = {
+    "no-such-process": "no such process",
+    "process-gone": "ended meanwhile",
+    "no-memory": "no memory of their own",
+    "not-permitted": "not permitted",
+}
+
+
+def size(n: float) -> str:
+    """Bytes for people: 1.5 MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(n) < 1024 or unit == "TiB":
+            break
+        n /= 1024
+    return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+
+
+def count(n: int, one: str, many: str = "") -> str:
+    """A number with its noun."""
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
+
+
+def span(low: int, high: int, *, in_bytes: bool = False) -> str:
+    """A number, or from where to where."""
+    words = size if in_bytes else "{:,}".format
+    # Two sizes that read alike are one to the eye.
+    return " to ".join(dict.fromkeys((words(low), words(high))))
+
+
+@dataclass(slots=True)
+class Column:
+    """A column of a table; those with the lowest `keep` go first where it is narrow."""
+
+    header: str
+    keep: int
+    right: bool = True
+
+
+@dataclass(slots=True)
+class _Row:
+    """A line of the table of regions."""
+
+    name: str
+    perms: str
+    mark: str
+    pages: int = 0
+    copied: int = 0
+    where: str = ""
+    pid: str = ""
+
+
+def partial(scan: Scan) -> str:
+    """What a scan left out, in one sentence."""
+    parts = [
+        f"{count(len(e.pids), 'process', 'processes')} {LEFT_OUT_WORDS.get(e.code, e.code)}"
+        if len(e.pids) != 1
+        else e.example
+        for e in summary.left_out(scan.pages.skipped)
+    ]
+    if scan.tally.unread_pages:
+        parts.append(f"{count(scan.tally.unread_pages, 'page')} could not be read")
+    return safe("; ".join(parts))
+
+
+@dataclass(slots=True)
+class View:
+    """The terminal view of a scan.
+
+    Parameters
+    ----------
+    scan : Scan
+    by : str, optional
+        Rank groups by this.
+    verbose : bool
+        All processes and regions.
+    width : int
+        Columns.
+    plain : bool
+        Nothing but ASCII.
+    """
+
+    scan: Scan
+    by: By | None = None
+    verbose: bool = False
+    width: int = 80
+    plain: bool = False
+    regions: RegionPages = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.regions = summary.by_region(self.scan.pages)
+
+    # -- figures -------------------------------------------------------------------------------
+
+    def _range(self, name: str) -> tuple[int, int] | None:
+        """A field of the prediction from lowest to highest; None where it is unknown."""
+        value = getattr(self.scan.prediction, name)
+        if value is not None:
+            return value, value
+        return self.scan.prediction.bounds.get(name)
+
+    def _known(self, name: str) -> tuple[int, int]:
+        return self._range(name) or (0, 0)
+
+    # -- the whole -----------------------------------------------------------------------------
+
+    def result(self) -> list[RenderableType]:
+        """The parts of the view, in order."""
+        parts: list[RenderableType] = [self._headline()]
+        if self._known("frames_freed")[1] > 0:
+            parts.append(self._account())
+        parts += [Text(), *self._counters()]
+        if self.by is not None:
+            parts += [Text(), *self._services(self.by)]
+        parts += [Text(), *self._processes(), Text(), *self._regions()]
+        parts += [Text(), *self._notes()]
+        return parts
+
+    def _headline(self) -> Text:
+        scan = self.scan
+        page = scan.pages.page_size
+        total = scan.scanned_pages
+        low, high = self._known("frames_freed")
+        text = Text()
+        scanned = size(total * page)
+        if total == 0:
+            text.append("Nothing to merge", "bold")
+            text.append(": no page here that KSM would look at.")
+        elif high <= 0:
+            text.append("KSM would free nothing", "bold")
+            text.append(f" in the {scanned} ({count(total, 'page')}) scanned.")
+        else:
+            text.append(
+                f"KSM would free {span(low * page, high * page, in_bytes=True)}", "bold green"
+            )
+            text.append(f" ({span(low, high)} pages), {self._share(low, high, total)} of the ")
+            text.append(f"{scanned} scanned")
+            n = len(scan.pages.processes)
+            text.append(f" in {n} processes." if n > 1 else ".")
+        return text
+
+    @staticmethod
+    def _share(low: int, high: int, total: int) -> str:
+        shares = [
+            f"{n / total:.1%}" if n / total < 0.1 else f"{n / total:.0%}" for n in (low, high)
+        ]
+        return " to ".join(dict.fromkeys(shares))
+
+    def _account(self) -> Table:
+        """Where the memory comes from, what it costs, what is left."""
+        page = self.scan.pages.page_size
+        b = self.scan.prediction.breakdown
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        grid.add_column(min_width=17)
+        grid.add_column(justify="right")
+        grid.add_column(justify="right")
+        if not self.scan.pages.frames_known:
+            grid.add_row("  at the most", "", "", style="dim")
+        for words, pages in (
+            ("  zero pages", b.zero_pages),
+            ("  within a process", b.within_processes),
+            ("  across processes", b.across_processes),
+        ):
+            grid.add_row(words, size(pages * page), f"{pages:,}", style="" if pages else "dim")
+        grid.add_row("  KSM's own records", size(-self.scan.prediction.metadata_bytes), "")
+        low, high = self._known("saved_bytes")
+        if low == high:
+            grid.add_row(Text("  saved", "bold"), Text(size(low), "bold"), "")
+        else:
+            grid.add_row(Text("  saved, at least", "bold"), Text(size(low), "bold"), "")
+            grid.add_row(Text("  saved, at most", "bold"), Text(size(high), "bold"), "")
+        split = self._range("thp_split")
+        if split is None:
+            grid.add_row("  huge pages split", "unknown", "")
+        elif split[1]:
+            grid.add_row("  huge pages split", "", span(*split))
+        return grid
+
+    def _counters(self) -> list[RenderableType]:
+        cells = []
+        for name in (
+            "pages_shared",
+            "pages_sharing",
+            "pages_unshared",
+            "pages_volatile",
+            "ksm_zero_pages",
+            "stable_node_chains",
+            "stable_node_dups",
+        ):
+            r = self._range(name)
+            cells.append((name, "unknown" if r is None else span(*r)))
+        cells.append(("general_profit", span(*self._known("general_profit"), in_bytes=True)))
+        title = Text("The kernel's counters, once ksmd has converged", "bold")
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        wide = self.width >= TWO_COLUMNS_FROM
+        half = len(cells) // 2
+        for _ in range(2 if wide else 1):
+            grid.add_column()
+            grid.add_column(justify="right")
+        rows = zip(cells[:half], cells[half:], strict=True) if wide else ((c,) for c in cells)
+        for row in rows:
+            grid.add_row(*(word for cell in row for word in (f"  {cell[0]}", cell[1])))
+        return [title, grid]
+
+    # -- tables --------------------------------------------------------------------------------
+
+    def _table(
+        self, columns: Sequence[Column], rows: Iterable[Sequence[str]], *, flexible: int = -1
+    ) -> RenderableType:
+        """A table that fits: names shortened, columns left out where it is narrow.
+
+        The column `flexible` holds names, unsafe as they are.
+        """
+        flexible %= len(columns)
+        table = [[c.header for c in columns], *([*row] for row in rows)]
+        shown = list(range(len(columns)))
+        room = self.width - 2
+
+        def rest() -> int:
+            fixed = [i for i in shown if i != flexible]
+            return room - sum(max(len(row[i]) for row in table) + 2 for i in fixed)
+
+        while rest() < NAME_LEAST and len(shown) > 2:
+            shown.remove(min((i for i in shown if i != flexible), key=lambda i: columns[i].keep))
+        out = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+        for i in shown:
+            right = columns[i].right
+            out.add_column(columns[i].header, justify="right" if right else "left", no_wrap=True)
+        for row in table[1:]:
+            row[flexible] = shorten(row[flexible], max(4, rest()), plain=self.plain)
+            out.add_row(*(Text(row[i]) for i in shown))
+        return Padding(out, (0, 0, 0, 2))
+
+    def _services(self, by: By) -> list[RenderableType]:
+        page = self.scan.pages.page_size
+        found = summary.services(self.scan, by)
+        shown = found if self.verbose else found[: 2 * TOP]
+        rows = [
+            [
+                f"{s.processes:,}",
+                size(s.pages * page),
+                size(s.frames_freed_alone * page),
+                size(s.saved_alone_bytes),
+                s.name or "(none)",
+            ]
+            for s in shown
+        ]
+        most = "" if self.scan.pages.frames_known else ", at the most"
+        parts: list[RenderableType] = [
+            Text(f"By {by}: what each would save alone{most}", "bold"),
+            self._table(
+                [
+                    Column("PROCS", 1),
+                    Column("MEMORY", 0),
+                    Column("FREED", 2),
+                    Column("SAVED", 3),
+                    Column(by.upper(), 9, right=False),
+                ],
+                rows,
+            ),
+        ]
+        if len(found) > len(shown):
+            parts.append(Text(f"  and {len(found) - len(shown)} more (-v shows all)", "dim"))
+        worth = [s for s in found if s.saved_alone_bytes > 0]
+        across = self._known("frames_freed")[1] - sum(s.frames_freed_alone for s in found)
+        words = f"{len(worth)} of {len(found)} save more than they cost"
+        if across > 0 and len(found) > 1:
+            words += f"; merging between groups gives {size(across * page)} more"
+        parts.append(Text(f"  {words}."))
+        return parts
+
+    def _processes(self) -> list[RenderableType]:
+        scan = self.scan
+        pages = summary.by_process(scan.pages, self.regions.pages).tolist()
+        found = sorted(
+            zip(scan.pages.processes, pages, scan.prediction.processes, strict=True),
+            key=lambda row: (-_merging(row[2])[1], -row[1], row[0].id.pid),
+        )
+        shown = found if self.verbose else found[:TOP]
+        rows = [self._process_row(*row) for row in shown]
+        rest = found[len(shown) :]
+        parts: list[RenderableType] = [
+            Text("Processes, by pages that merge" if len(found) > 1 else "Process", "bold"),
+            self._table(
+                [
+                    Column("PID", 5),
+                    Column("PAGES", 1),
+                    Column("MERGING", 4),
+                    Column("PROFIT", 3),
+                    Column("USER", 0, right=False),
+                    Column("NAME", 9, right=False),
+                ],
+                rows,
+            ),
+        ]
+        if rest:
+            merging = (sum(_merging(r[2])[0] for r in rest), sum(_merging(r[2])[1] for r in rest))
+            parts.append(
+                Text(
+                    f"  and {len(rest)} more: {sum(r[1] for r in rest):,} pages, "
+                    f"{span(*merging)} merging (-v shows all)",
+                    "dim",
+                )
+            )
+        return parts
+
+    def _process_row(
+        self, process: Process, pages: int, prediction: ProcessPrediction
+    ) -> list[str]:
+        profit = prediction.ksm_process_profit
+        profits = (
+            (profit, profit)
+            if profit is not None
+            else prediction.bounds.get("ksm_process_profit", (0, 0))
+        )
+        return [
+            str(process.id.pid),
+            f"{pages:,}",
+            span(*_merging(prediction)),
+            span(*profits, in_bytes=True),
+            shorten(process.user, 12, plain=self.plain),
+            process.name,
+        ]
+
+    def _regions(self) -> list[RenderableType]:
+        one_process = len(self.scan.pages.processes) == 1
+        found = self._each_region() if self.verbose or one_process else self._alike_regions()
+        if not self.verbose:
+            found = [r for r in found if r.pages]
+        found.sort(key=lambda r: (-r.copied, -r.pages))
+        matter = max(TOP_LEAST, min(TOP, sum(1 for r in found if r.copied)))
+        shown = found if self.verbose else found[:matter]
+        each = one_process or self.verbose
+        columns = [
+            Column("START", 2, right=False) if each else Column("REGIONS", 2),
+            Column("PERM", 0, right=False),
+            Column("PAGES", 4),
+            Column("COPIED", 5),
+            Column("ADVISED", 1, right=False),
+            Column("REGION", 9, right=False),
+        ]
+        rows = [[r.where, r.perms, f"{r.pages:,}", f"{r.copied:,}", r.mark, r.name] for r in shown]
+        if each and not one_process:
+            columns.insert(0, Column("PID", 3))
+            rows = [[r.pid, *row] for r, row in zip(shown, rows, strict=True)]
+        parts: list[RenderableType] = [Text("Regions, by pages that have a copy", "bold")]
+        if rows:
+            parts.append(self._table(columns, rows))
+        rest = found[len(shown) :]
+        if rest:
+            parts.append(
+                Text(
+                    f"  and {len(rest)} more: {sum(r.pages for r in rest):,} pages, "
+                    f"{sum(r.copied for r in rest):,} copied (-v shows all)",
+                    "dim",
+                )
+            )
+        return [*parts, *self._not_scanned()]
+
+    def _each_region(self) -> list[_Row]:
+        pages = self.scan.pages
+        return [
+            _Row(
+                name=r.name or ANONYMOUS,
+                perms=r.perms,
+                mark=self._mark(r),
+                pages=n,
+                copied=copied,
+                where=f"{r.start:x}",
+                pid=str(pages.processes[r.process].id.pid),
+            )
+            for r, n, copied in zip(
+                pages.regions,
+                self.regions.pages.tolist(),
+                self.regions.duplicates.tolist(),
+                strict=True,
+            )
+        ]
+
+    def _alike_regions(self) -> list[_Row]:
+        """Regions of the same name and kind in all processes, added up."""
+        found: dict[tuple[str, str, str], _Row] = {}
+        many: dict[tuple[str, str, str], int] = {}
+        for r in self._each_region():
+            key = (r.name, r.perms, r.mark)
+            row = found.setdefault(key, _Row(r.name, r.perms, r.mark))
+            row.pages += r.pages
+            row.copied += r.copied
+            if r.pages:
+                many[key] = many.get(key, 0) + 1
+        for key, row in found.items():
+            row.where = f"{many.get(key, 0):,}"
+        return list(found.values())
+
+    @staticmethod
+    def _mark(region: Region) -> str:
+        if not region.eligible:
+            return "refused"
+        return "yes" if region.advised else "no"
+
+    def _not_scanned(self) -> list[RenderableType]:
+        """Mappings that KSM would refuse, or out of the scope, by reason."""
+        sums: dict[str, list[int]] = {}
+        for r in self.scan.pages.regions:
+            if r.scanned or (r.name in KERNELS_OWN and not self.verbose):
+                continue
+            reason = r.why or "not marked mergeable (--scope advised)"
+            entry = sums.setdefault(reason, [0, 0])
+            entry[0] += 1
+            entry[1] += r.anonymous_bytes if r.eligible else r.end - r.start
+        if not sums:
+            return []
+        parts: list[RenderableType] = [Text("Left alone", "bold")]
+        for reason, (n, total) in sorted(sums.items(), key=lambda item: -item[1][1]):
+            parts.append(self._line(f"{count(n, 'mapping')}, {size(total)}: {reason}"))
+        return parts
+
+    # -- notes and advice ----------------------------------------------------------------------
+
+    @staticmethod
+    def _line(words: str, style: str = "") -> RenderableType:
+        return Padding(Text(words, style), (0, 0, 0, 2))
+
+    def _notes(self) -> list[RenderableType]:
+        scan = self.scan
+        words = [self._looks()]
+        swapped = sum(r.swap_bytes for r in scan.pages.regions if r.scanned)
+        if swapped:
+            words.append(
+                f"{size(swapped)} are swapped out: KSM can't merge them, and they stay so."
+            )
+        if not scan.pages.frames_known:
+            words.append(
+                "Frame numbers are hidden from you: pages that processes share since a fork can't "
+                f"be told from copies. {typable('`sudo dedup scan`')} makes every figure exact."
+            )
+        elif any(p.bounds for p in scan.prediction.processes) or scan.prediction.bounds:
+            words.append(
+                "Ranges: the order in which ksmd comes by the processes decides, and can't be seen."
+            )
+        if not scan.tunables:
+            words.append("This kernel has no KSM: the figures are for one with the defaults.")
+        parts: list[RenderableType] = [Text("Notes", "bold"), *(self._line(w) for w in words)]
+        if not scan.complete:
+            parts += [Text("Left out", "bold yellow")]
+            for entry in summary.left_out(scan.pages.skipped):
+                parts.append(self._line(self._left_out(entry)))
+            if scan.tally.unread_pages:
+                parts.append(
+                    self._line(f"{count(scan.tally.unread_pages, 'page')} could not be read")
+                )
+        return parts
+
+    def _left_out(self, entry: summary.LeftOut) -> str:
+        if len(entry.pids) == 1:
+            return safe(entry.example, plain=self.plain)
+        listed = ", ".join(str(p) for p in (entry.pids if self.verbose else entry.pids[:TOP]))
+        if not self.verbose and len(entry.pids) > TOP:
+            listed += ", ..."
+        words = LEFT_OUT_WORDS.get(entry.code, entry.code)
+        return f"{len(entry.pids)} processes, {words}: {listed}"
+
+    def _looks(self) -> str:
+        scan = self.scan
+        full = f"{scan.full_scan_seconds:.3g} s"
+        if scan.passes == 1:
+            return (
+                "One look: what changes all the time can't be told from what stays, so "
+                "pages_volatile is unknown and savings may be less. `--passes 2` tells."
+            )
+        words = f"{scan.passes} looks, {scan.interval_seconds:.3g} s apart. "
+        if scan.full_scan_seconds > scan.interval_seconds:
+            return words + (
+                f"ksmd's full scan takes longer, {full}: what changes more slowly than the looks "
+                f"counts as stable here. `--interval {math.ceil(scan.full_scan_seconds * 1.6)}` sees it."
+            )
+        return words + f"ksmd's full scan takes about {full}."
+
+    def advice(self) -> list[RenderableType]:
+        """What to type next."""
+        parts: list[RenderableType] = [Text()]
+        for i, (why, line) in enumerate(self.next_steps()):
+            parts.append(Text("Next: " if i == 0 else "Then: ", "bold") + Text(why))
+            parts.append(self._line(line, "cyan"))
+        return parts
+
+    def next_steps(self) -> list[tuple[str, str]]:
+        """What to type next, each with its reason."""
+        scan = self.scan
+        if not scan.tunables:
+            return [("see what this kernel was built with", "grep KSM /boot/config-$(uname -r)")]
+        if self._known("saved_bytes")[1] <= 0:
+            return [("look at more processes together", "dedup scan --all --by name")]
+        steps = []
+        runs = scan.tunables.get("run") == 1
+        unadvised = any(
+            n and not r.advised
+            for r, n in zip(scan.pages.regions, self.regions.duplicates.tolist(), strict=True)
+        )
+        if unadvised:
+            steps.append(("start the program with mergeable memory", "dedup run -- COMMAND"))
+        if not runs:
+            steps.append(("start ksmd, which is not running", as_root(f"echo 1 > {RUN_FILE}")))
+        if runs and not unadvised:
+            steps.append(("see what ksmd has merged so far", "grep . /sys/kernel/mm/ksm/*_*"))
+        return steps
+
+
+def _merging(prediction: ProcessPrediction) -> tuple[int, int]:
+    value = prediction.ksm_merging_pages
+    if value is not None:
+        return value, value
+    return prediction.bounds.get("ksm_merging_pages", (0, 0))
