@@ -11,7 +11,7 @@ from dedup.change.tunables import Tunables, others_at_the_knobs
 from dedup.errors import KsmNotRunning, NotMergeable
 from dedup.kernel import ksm as ksm_interface
 from dedup.kernel import meminfo
-from dedup.kernel.ksm import RUN_MERGE, Ksm
+from dedup.kernel.ksm import RUN_MERGE, RUN_STOP, Ksm
 from dedup.kernel.processes import Handle
 from dedup.scanning import Plan, Scan, scan_pids
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from dedup.kernel.ksm import Counters, ProcessCounters
 
 TIMEOUT_SECONDS: Final = 600.0
+STILL_FRACTION: Final = 2000
+"""A running program moves a page in so many all the time; ksmd has converged all the same."""
 
 SUMMED: Final = ("ksm_rmap_items", "ksm_zero_pages", "ksm_merging_pages", "ksm_process_profit")
 
@@ -113,14 +115,18 @@ def apply(
             if not keep_tunables and "smart_scan" in ksm.tunables():
                 tunables.set("smart_scan", 0)
             tunables.set("run", RUN_MERGE)
+        tolerance = _tolerance(scan) if tolerance_pages is None else tolerance_pages
         done = wait.converge(
             ksm,
             timeout_seconds,
             progress,
-            settled=None if alone else lambda: tuple(_sums(_read_all(pids)).values()),
+            slack_pages=max(tolerance, scan.scanned_pages // STILL_FRACTION),
+            settled=None if alone else lambda: _settled(pids),
         )
         if tunables is not None:
             tunables.require_unchanged()
+            # A scan under way moves the counters: at rest they are whole.
+            tunables.set("run", RUN_STOP)
         counted = _read_all(pids)
         result = Application(
             scan=scan,
@@ -133,7 +139,7 @@ def apply(
             seconds=done.seconds,
             memory_before=before,
             memory_after=meminfo.read(),
-            tolerance_pages=_tolerance(scan) if tolerance_pages is None else tolerance_pages,
+            tolerance_pages=tolerance,
             smart_scan=bool(ksm.tunables().get("smart_scan", 0)),
             warnings=others_at_the_knobs(),
         )
@@ -192,6 +198,11 @@ def _read_all(pids: Sequence[int]) -> dict[int, ProcessCounters]:
 
 def _sums(counted: dict[int, ProcessCounters]) -> dict[str, int]:
     return {n: sum(getattr(c, n) for c in counted.values()) for n in SUMMED}
+
+
+def _settled(pids: Sequence[int]) -> tuple[int, ...]:
+    sums = _sums(_read_all(pids))
+    return tuple(sums[n] for n in SUMMED if not n.endswith("profit"))
 
 
 def _compare_sums(scan: Scan, counted: dict[int, ProcessCounters]) -> verify.Comparison:

@@ -56,8 +56,9 @@ def converge(
     timeout_seconds: float,
     progress: Callable[[Counters], None] | None = None,
     settled: Callable[[], tuple[int, ...]] | None = None,
+    slack_pages: int = 0,
 ) -> Convergence:
-    """Wait until the counters stand still.
+    """Wait until the counters stand still. Read them once ksmd rests: a scan moves them.
 
     Parameters
     ----------
@@ -67,6 +68,8 @@ def converge(
         Called with the counters now and then.
     settled : callable, optional
         What must stand still; by default KSM's own counters.
+    slack_pages : int
+        By which figures may still move, where processes go on writing.
 
     Raises
     ------
@@ -81,7 +84,9 @@ def converge(
     while True:
         now = ksm.counters()
         figures = settled() if settled else now.settled()
-        if figures != last:
+        if last is None or any(
+            abs(a - b) > slack_pages for a, b in zip(figures, last, strict=True)
+        ):
             last, since = figures, now.full_scans
         # A scan is under way when the figures are read: one more makes it whole.
         if (

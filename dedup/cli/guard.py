@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 import click
 
-from dedup.cli import output
-from dedup.cli.root import command
-from dedup.errors import DedupError, Interrupted, OutputFailed, Usage
+from dedup.cli import output, root
+from dedup.errors import DedupError, Interrupted, NotPermitted, OutputFailed, Usage
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -37,7 +36,7 @@ def run(argv: list[str]) -> int:
 
 def _run(argv: list[str]) -> int:
     try:
-        status = command.main(argv, prog_name="dedup", standalone_mode=False)
+        status = root.command.main(argv, prog_name="dedup", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as e:
         click.echo(e.format_message())
         return Usage.exit_status
@@ -82,7 +81,10 @@ def _failed(e: DedupError, argv: list[str]) -> int:
         status = getattr(e, "run_status", RUN_FAILED)
     from dedup.report.hints import typable
 
-    output.error(e, typable(e.hint), json="--json" in words and not running)
+    hint = e.hint
+    if isinstance(e, NotPermitted) and hint == e.default_hint and os.geteuid() == 0:
+        hint = "root may not either: a container or a security module forbids it, see `dmesg`"
+    output.error(e, typable(hint), json="--json" in words and not running)
     return status
 
 

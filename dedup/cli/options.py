@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import shlex
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,6 +13,8 @@ from dedup.cli.output import Output
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from dedup.kernel.processes import Choice
 
     Callback = Callable[..., Any]
 
@@ -71,6 +74,22 @@ def chooses_processes(f: Callback) -> Callback:
         click.option("--all", "all", is_flag=True, help="All processes."),
     ]  # fmt: skip
     return _add(call, options)
+
+
+def words_of(choice: Choice) -> str:
+    """The options that make this choice, as one types them."""
+    words = []
+    for option, values in (
+        ("--pid", choice.pids),
+        ("--name", choice.names),
+        ("--user", choice.users),
+        ("--cgroup", choice.cgroups),
+        ("--container", choice.containers),
+        ("--tree", choice.trees),
+    ):
+        for value in values:
+            words += [option, str(value)]
+    return shlex.join([*words, *(["--all"] if choice.all else [])])
 
 
 def reports(f: Callback) -> Callback:

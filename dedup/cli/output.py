@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from dedup.errors import DedupError
+    from dedup.report.progress import Progress
 
 Color = Literal["auto", "always", "never"]
 
@@ -31,6 +32,8 @@ WIDTH_MOST: Final = 100
 WIDTH_LEAST: Final = 40
 PROGRESS_AFTER_SECONDS: Final = 0.5
 
+_bar: Progress | None = None
+"""The bar shown; it makes room for whatever is printed meanwhile."""
 _failed = False
 """Whether stdout has failed already, so that nothing more can be said there."""
 
@@ -89,15 +92,18 @@ class Output:
         if not _is_terminal(sys.stderr) or os.environ.get("TERM") == "dumb":
             yield None
             return
+        global _bar
         from dedup.report.progress import Progress
 
         bar = Progress(
             self._console(sys.stderr, sys.stderr), PROGRESS_AFTER_SECONDS, plain=self.plain
         )
+        _bar = bar
         try:
             yield bar
         finally:
             bar.close()
+            _bar = None
 
     def _render(self, parts: tuple[RenderableType, ...], stream: TextIO | None) -> str:
         from io import StringIO
@@ -157,11 +163,13 @@ def write(text: str) -> None:
         Disk full, or stdout is closed.
     """
     global _failed
+    if _bar is not None:
+        _bar.close()
     if sys.stdout is None:
         raise OutputFailed("stdout is closed", "send it somewhere: `dedup ... > FILE`")
     try:
-        sys.stdout.write(text.encode(sys.stdout.encoding, "backslashreplace").decode(
-            sys.stdout.encoding))  # fmt: skip
+        encoding = sys.stdout.encoding
+        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
         sys.stdout.flush()
     except BrokenPipeError:
         drop_stdout()
@@ -207,7 +215,7 @@ def error(e: DedupError, hint: str, *, json: bool) -> None:
     mark = "dedup: "
     if wants_color("auto", sys.stderr):
         mark = f"\033[1;31m{mark}\033[0m"
-    _to_stderr(mark + _paragraph(f"{safe(e.message)}{'; ' if hint else ''}{hint}"))
+    _to_stderr(mark + _paragraph(f"{safe(e.message)}{'; ' if hint else ''}{safe(hint)}"))
 
 
 def _paragraph(text: str) -> str:
@@ -218,6 +226,8 @@ def _paragraph(text: str) -> str:
 
 
 def _to_stderr(text: str) -> None:
+    if _bar is not None:
+        _bar.close()
     if sys.stderr is None:
         return
     try:

@@ -81,13 +81,13 @@ def _execute(words: list[str]) -> NoReturn:
     try:
         os.execvp(words[0], words)
     except (FileNotFoundError, NotADirectoryError) as e:
-        error: RunFailed = NotFound(f"there is no command {words[0]!r}")
+        error: RunFailed = NotFound(f"there is no command '{words[0]}'")
         if os.path.exists(words[0]) and "/" in words[0]:
-            error = NotExecutable(f"{words[0]!r}: its interpreter is missing", "see its first line")
+            error = NotExecutable(f"'{words[0]}': its interpreter is missing", "see its first line")
         raise error from e
     except OSError as e:
         raise NotExecutable(
-            f"{words[0]!r} can't be executed: {e.strerror}", f"see `ls -l {words[0]}`"
+            f"'{words[0]}' can't be executed: {e.strerror}", f"see `ls -l {words[0]}`"
         ) from e
     except ValueError as e:
         raise RunFailed(f"the command's words can't be passed on: {e}", "") from e

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dedup.cli.options import Seconds, chooses_processes, reports
+from dedup.cli.options import Seconds, chooses_processes, reports, words_of
 from dedup.cli.root import Exemplified
 from dedup.errors import Partial
 
@@ -94,7 +94,14 @@ def command(
     if output.json:
         output.result(jsonout.scan_object(scan, by))
     else:
-        view = text.View(scan, by=by, verbose=verbose, width=output.width, plain=output.plain)
+        view = text.View(
+            scan,
+            by=by,
+            verbose=verbose,
+            width=output.width,
+            plain=output.plain,
+            choice=words_of(choice),
+        )
         output.show(*view.result())
         output.advise(*(f"Warning: {other}" for other in others_at_the_knobs()), *view.advice())
     if scan.complete:

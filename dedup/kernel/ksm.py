@@ -62,12 +62,14 @@ class Counters:
         return self.pages_shared + self.pages_sharing + self.pages_unshared + self.pages_volatile
 
     def settled(self) -> tuple[int, ...]:
-        """What must stand still for ksmd to have converged."""
+        """What must stand still for ksmd to have converged.
+
+        Unshared and volatile as one: each page that ksmd visits is in neither tree for a moment.
+        """
         return (
             self.pages_shared,
             self.pages_sharing,
-            self.pages_unshared,
-            self.pages_volatile,
+            self.pages_unshared + self.pages_volatile,
             self.ksm_zero_pages,
             self.stable_node_chains,
             self.stable_node_dups,

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from dedup.model.order import simulate
+from dedup.model import fate
+from dedup.model.fate import Members, closed_form
 from dedup.pages import FRAME_MASK, Flag
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from dedup.model.fate import Fate
     from dedup.pages import I64, U64, Bool, Groups, Pages
 
 RMAP_ITEM_BYTES: Final = 64
@@ -128,20 +130,38 @@ class Prediction:
 
 @dataclass(slots=True)
 class _Copies:
-    """The mappings of contents that are there twice or more, group after group."""
+    """The mappings of some contents, content after content."""
 
     index: I64
     group: I64
     groups: int
     word: U64
     frame: I64
-    """Frame number; a number of its own for each mapping where it is hidden and exclusive."""
+    """Frame number; a number of its own for each mapping where it is hidden."""
     process: I64
     thp: Bool
     ksm: Bool
     zero: Bool
     maybe_shared: Bool
     """Hidden and not exclusive: the same frame as another mapping, or not."""
+    maybe_ksm: Bool
+    """Hidden, and in a region with KSM pages."""
+
+    def take(self, which: Bool | slice) -> _Copies:
+        """Some of them."""
+        return _Copies(
+            self.index[which],
+            self.group[which],
+            self.groups,
+            self.word[which],
+            self.frame[which],
+            self.process[which],
+            self.thp[which],
+            self.ksm[which],
+            self.zero[which],
+            self.maybe_shared[which],
+            self.maybe_ksm[which],
+        )
 
 
 def predict(
@@ -174,11 +194,22 @@ class _Model:
         self.limit = rules.max_page_sharing
         n_processes = len(pages.processes)
         self.shared, self.sharing, self.unshared, self.volatile = (Range() for _ in range(4))
-        self.zero, self.chains, self.dups, self.freed, self.split = (Range() for _ in range(5))
-        self.gone_by_process = np.zeros(n_processes, np.int64)  # rmap_items that leave KSM
-        self.zero_by_process = np.array([p.ksm_zero_pages for p in pages.processes], np.int64)
-        self.merging = np.zeros((n_processes, 2), np.int64)  # low, high
+        self.zero, self.chains, self.dups, self.freed = (Range() for _ in range(4))
+        self.gone = Range()  # rmap_items that leave KSM
+        # By process, a column for the lowest and one for the highest.
+        self.gone_by_process = np.zeros((n_processes, 2), np.int64)
+        self.zero_by_process = np.zeros((n_processes, 2), np.int64)
+        self.zero_by_process += np.array(
+            [p.ksm_zero_pages for p in pages.processes], np.int64
+        ).reshape(-1, 1)
+        self.merging = np.zeros((n_processes, 2), np.int64)
         self.zero_saved = self.within_saved = self.across_saved = 0
+        # Huge pages by number: those that split for sure, those that may; and sets of which one
+        # at the most stays whole.
+        self.split: set[int] = set()
+        self.may_split: set[int] = set()
+        self.one_stays: list[set[int]] = []
+        self.shared_folios: set[int] = set()
 
     def run(self, *, volatile_known: bool) -> Prediction:
         pages = self.pages
@@ -186,16 +217,21 @@ class _Model:
         rmap_by_process = self._count_by_process(present)
         unstable = present & ((pages.frames & UNSTABLE) != 0)
         self.volatile.add(int(np.count_nonzero(unstable)))
-        copies = self._copies()
-        self._singles(present & ~unstable)
-        if copies.groups:
-            self._merge(copies)
-        else:
-            self._lone_zero()
-        self.zero.add(int(self.zero_by_process.sum()))
+        stable = present & ~unstable
+        zero = (pages.frames & Flag.ZERO) != 0
+        self._singles(stable & ~zero & ((pages.frames & Flag.DUPLICATE) == 0))
+        sizes = np.diff(self.groups.offsets)
+        copies = self._copies(
+            self.groups.order, np.repeat(np.arange(len(sizes)), sizes), len(sizes)
+        )
+        self._contents(copies.take(~copies.zero))
+        index = np.flatnonzero(stable & zero)
+        if len(index):
+            self._zero(self._copies(index, np.zeros(len(index), np.int64), 1))
+        self.zero.add(sum(p.ksm_zero_pages for p in pages.processes))
         return self._result(rmap_by_process, volatile_known=volatile_known)
 
-    # -- counting ------------------------------------------------------------------------------
+    # -- arrays --------------------------------------------------------------------------------
 
     def _count_by_process(self, mask: Bool) -> I64:
         """How many pages of the mask each process has."""
@@ -209,183 +245,134 @@ class _Model:
         np.add.at(total, process, per_run)
         return total
 
+    def _count(self, c: _Copies, mask: Bool | None = None) -> I64:
+        """How many of these mappings each process has."""
+        process = c.process if mask is None else c.process[mask]
+        return np.bincount(process, minlength=len(self.pages.processes)).astype(np.int64)
+
     def _process_of(self, index: I64) -> I64:
         if not len(index):
             return np.empty(0, np.int64)
         return np.asarray(self.pages.process_of_region()[self.pages.region_of(index)])
 
-    def _folio_of(self, index: I64, word: U64) -> I64:
-        """A number for the huge page of each page; the same for all mappings of a huge page."""
+    def _folio_of(self, c: _Copies) -> I64:
+        """A number for the huge page of each page; below 0 where frame numbers are hidden."""
         huge = self.pages.huge_pages
-        frame = (word & FRAME_MASK).astype(np.int64)
-        hidden = (word & Flag.HIDDEN) != 0
-        folio = frame // huge
+        hidden = (c.word & Flag.HIDDEN) != 0
+        folio = c.frame // huge
         if hidden.any():
-            address = self.pages.address_of(index[hidden]) // (self.pages.page_size * huge)
-            process = self._process_of(index[hidden])
-            folio[hidden] = -1 - (address * len(self.pages.processes) + process)
+            address = self.pages.address_of(c.index[hidden]) // (self.pages.page_size * huge)
+            folio[hidden] = -1 - (address * len(self.pages.processes) + c.process[hidden])
+            self.shared_folios.update(folio[c.thp & c.maybe_shared].tolist())
         return folio
 
-    def _copies(self) -> _Copies:
-        index = self.groups.order
-        sizes = np.diff(self.groups.offsets)
+    def _copies(self, index: I64, group: I64, groups: int) -> _Copies:
         word = self.pages.frames[index]
         frame = (word & FRAME_MASK).astype(np.int64)
         hidden = (word & Flag.HIDDEN) != 0
-        # Below 0: never a frame number. Each hidden mapping counts as a frame of its own here.
+        thp = (word & Flag.THP) != 0
+        # Below 0: never a frame number.
         frame[hidden] = -1 - index[hidden]
         return _Copies(
             index=index,
-            group=np.repeat(np.arange(len(sizes)), sizes),
-            groups=len(sizes),
+            group=group,
+            groups=groups,
             word=word,
             frame=frame,
             process=self._process_of(index),
-            thp=(word & Flag.THP) != 0,
+            thp=thp,
             ksm=(word & Flag.KSM) != 0,
             zero=(word & Flag.ZERO) != 0,
             maybe_shared=hidden & ((word & Flag.EXCLUSIVE) == 0),
+            maybe_ksm=hidden & ~thp & self._beside_ksm(index, hidden),
         )
 
-    def _singles(self, stable: Bool) -> None:
+    def _beside_ksm(self, index: I64, hidden: Bool) -> Bool:
+        """Whether the region of each page has KSM pages; asked where frames are hidden."""
+        if not hidden.any():
+            return np.zeros(len(index), bool)
+        has = np.array([r.ksm_bytes > 0 for r in self.pages.regions])
+        return np.asarray(has[self.pages.region_of(index)])
+
+    def _members(self, c: _Copies) -> Members:
+        return Members(
+            frame=c.frame,
+            process=c.process,
+            rank=self.pages.scan_order(c.index),
+            ksm=c.ksm,
+            thp=c.thp,
+            folio=self._folio_of(c) if c.thp.any() else c.frame,
+            maybe_shared=c.maybe_shared,
+            maybe_ksm=c.maybe_ksm,
+            outside=(c.word & Flag.OUTSIDE) != 0,
+        )
+
+    # -- contents that are not all zero --------------------------------------------------------
+
+    def _singles(self, single: Bool) -> None:
         """Contents that are there once: unshared, or a KSM page that lost its partners."""
-        single = stable & ((self.pages.frames & Flag.DUPLICATE) == 0)
-        ksm = np.flatnonzero(single & ((self.pages.frames & Flag.KSM) != 0))
+        word = self.pages.frames
+        ksm = np.flatnonzero(single & ((word & Flag.KSM) != 0))
         self.unshared.add(int(np.count_nonzero(single)) - len(ksm))
         self.shared.add(len(ksm))
         np.add.at(self.merging, self._process_of(ksm), 1)
+        hidden = np.flatnonzero(single & ((word & Flag.HIDDEN) != 0) & ((word & Flag.THP) == 0))
+        if not len(hidden):
+            return
+        # Some of them may be KSM pages that other processes share.
+        page = self.pages.page_size
+        in_region = np.bincount(self.pages.region_of(hidden), minlength=len(self.pages.regions))
+        for region, n in zip(self.pages.regions, in_region.tolist(), strict=True):
+            most = min(n, region.ksm_bytes // page)
+            if most:
+                self.shared.add(0, most)
+                self.unshared.add(-most, 0)
+                self.merging[region.process, 1] += most
 
-    # -- huge pages and zero pages -------------------------------------------------------------
-
-    def _lone_zero(self) -> None:
-        """Without duplicates only a single all-zero page can matter, with use_zero_pages."""
-        if self.rules.use_zero_pages:
-            index = self._single_zero()
-            if len(index):
-                thp = (self.pages.frames[index] & Flag.THP) != 0
-                locked = (self.pages.frames[index] & Flag.LOCKED) != 0
-                self.split.add(int(thp[0]))
-                self._leave(index, to_zero_page=not (thp[0] and not locked[0]))
-                self.unshared.add(-1)
-                self.freed.add(1)
-                self.zero_saved += 1
-
-    def _single_zero(self) -> I64:
-        word = self.pages.frames
-        unstable = UNSTABLE | Flag.GONE | Flag.UNREAD | Flag.DUPLICATE | Flag.KSM
-        return np.flatnonzero(((word & Flag.ZERO) != 0) & ((word & unstable) == 0))
-
-    def _leave(self, index: I64, *, to_zero_page: bool) -> None:
-        """Pages that leave KSM: by use_zero_pages (counted), or as a huge page splits."""
-        process = self._process_of(index)
-        np.add.at(self.gone_by_process, process, 1)
-        if to_zero_page:
-            np.add.at(self.zero_by_process, process, 1)
-
-    def _merge(self, c: _Copies) -> None:
-        n = np.bincount(c.group, minlength=c.groups)
-        d = self._distinct(c.group, c.frame, c.groups)
-        attempt = (d >= 2)[c.group] & ~c.ksm
-        huge = c.thp & attempt & ~c.zero
-        split = set(np.unique(self._folio_of(c.index[huge], c.word[huge])).tolist())
-        keep = self._zero_content(c, split)
-        self.split.add(len(split))
-        if not keep.all():
-            c = _take(c, keep)
-            n = np.bincount(c.group, minlength=c.groups)
-            d = self._distinct(c.group, c.frame, c.groups)
-        self._contents(c, n, d)
-
-    def _zero_content(self, c: _Copies, split: set[int]) -> Bool:
-        """All-zero pages: what leaves KSM; adds to `split`; gives the copies that stay."""
-        keep = np.ones(len(c.index), bool)
-        zero = np.flatnonzero(c.zero & ~c.ksm)
-        single = self._single_zero()
-        index = np.concatenate((c.index[zero], single))
-        if not len(index):
-            return keep
-        word = self.pages.frames[index]
-        thp = (word & Flag.THP) != 0
-        # A split remaps zero subpages to the shared zero page, but not in locked memory.
-        vanishing = thp & ((word & Flag.LOCKED) == 0)
-        folio = self._folio_of(index, word)
-        existing = int(np.count_nonzero(c.zero & c.ksm))
-        frames = np.concatenate((c.frame[zero], (word[len(zero) :] & FRAME_MASK).astype(np.int64)))
-        touched = self._zero_attempts(index, folio, vanishing, frames, existing)
-        for f in np.unique(folio[thp & touched]).tolist():
-            split.add(f)
-        gone = vanishing & np.isin(folio, np.fromiter(split, np.int64, len(split)))
-        to_zero = ~gone if self.rules.use_zero_pages else np.zeros(len(index), bool)
-        self._leave(index[gone], to_zero_page=False)
-        self._leave(index[to_zero], to_zero_page=True)
-        out = gone | to_zero
-        freed = len(np.unique(frames[out]))
-        self.freed.add(freed)
-        self.zero_saved += freed
-        keep[zero[out[: len(zero)]]] = False
-        self.unshared.add(-int(np.count_nonzero(out[len(zero) :])))
-        return keep
-
-    def _zero_attempts(
-        self, index: I64, folio: I64, vanishing: Bool, frames: I64, existing: int
-    ) -> Bool:
-        """Which zero pages take part in a merge attempt."""
-        everyone = np.ones(len(index), bool)
-        if self.rules.use_zero_pages:
-            return everyone
-        if len(np.unique(frames)) + min(existing, 1) < 2:
-            return ~everyone
-        if existing or not vanishing.all():
-            return everyone
-        # Zero pages inside huge pages alone: one scanned while another lies in the unstable tree
-        # splits its own huge page; the first stays whole if it has a single zero page.
-        first = folio[np.argmin(self.pages.scan_order(index))]
-        if np.count_nonzero(folio == first) >= 2:
-            return everyone
-        return np.asarray(folio != first)
-
-    # -- contents ------------------------------------------------------------------------------
-
-    @staticmethod
-    def _distinct(group: I64, frame: I64, groups: int) -> I64:
-        """Distinct frames of each group."""
-        if not len(group):
-            return np.zeros(groups, np.int64)
-        order = np.lexsort((frame, group))
-        g, f = group[order], frame[order]
-        fresh = np.ones(len(g), bool)
-        fresh[1:] = (g[1:] != g[:-1]) | (f[1:] != f[:-1])
-        return np.bincount(g[fresh], minlength=groups)
-
-    def _contents(self, c: _Copies, n: I64, d: I64) -> None:
+    def _contents(self, c: _Copies) -> None:
         """Add up all contents: the plain ones at once, the others one by one."""
-        ksm = np.bincount(c.group, c.ksm, c.groups)
-        has_ksm = ksm > 0
-        unclear = np.bincount(c.group, c.maybe_shared, c.groups) > 0
-        outside = np.bincount(c.group, (c.word & Flag.OUTSIDE) != 0, c.groups) > 0
-        fork = d < n
-        limit = self.limit
+        if not len(c.index):
+            return
+        n = np.bincount(c.group, minlength=c.groups)
+        ksm = np.bincount(c.group, c.ksm, c.groups).astype(np.int64)
+        d = _distinct(c.group, c.frame, c.groups)
+        old = _distinct(c.group[c.ksm], c.frame[c.ksm], c.groups)
+        unclear = np.bincount(c.group, c.maybe_shared | c.maybe_ksm, c.groups) > 0
+        unclear |= np.bincount(c.group, (c.word & Flag.OUTSIDE) != 0, c.groups) > 0
+        huge = np.bincount(c.group, c.thp, c.groups) > 0
         there = n > 0
-        plain = there & ~has_ksm & ~unclear & ~outside & (~fork | (n <= limit) | (d == 1))
-        one_frame = plain & (d == 1)
+        plain = there & (ksm == 0) & ~unclear & ((d == n) | (n <= self.limit) | (d == 1))
+        one_frame = plain & (d == 1) & (n > 1)
         # One frame alone, shared by fork: one mapping in the unstable tree, the rest in neither.
         self.unshared.add(int(np.count_nonzero(one_frame)))
         self.volatile.add(int((n[one_frame] - 1).sum()))
-        many = plain & (d >= 2)
-        nodes, left = _closed_form(n, limit)
+        nodes, left = closed_form(n, self.limit)
+        many = plain & (d >= 2) & ~(huge & (left > 0))
         nodes, left = np.where(many, nodes, 0), np.where(many, left, 0)
-        self._add_nodes(nodes, n, left, many)
-        freed = np.where(many, d - nodes - left, 0)
+        # Where KSM pages have room for all that is new, or nothing is new.
+        new = n - ksm
+        joins = there & (ksm > 0) & ~unclear & ((new == 0) | (new <= self._room(c)))
+        nodes = np.where(joins, old, nodes)
+        merged = many | joins
+        self._add_nodes(nodes, n, left, merged)
+        freed = np.where(merged, d - nodes - left, 0)
         self.freed.add(int(freed.sum()))
-        self._add_merging(c, many, left)
-        self._add_breakdown(c, many, freed)
-        # Merged as far as it goes already: each frame is a node.
-        merged = there & (ksm == n)
-        self._add_nodes(d, n, np.zeros_like(n), merged)
-        self._add_merging(c, merged, np.zeros_like(n))
-        for g in np.flatnonzero(there & ~plain & ~merged).tolist():
+        self._add_merging(c, merged, left)
+        self._add_breakdown(c, merged, freed)
+        split = c.take(c.thp & merged[c.group])
+        self.split.update(np.unique(self._folio_of(split)).tolist())
+        for g in np.flatnonzero(there & ~one_frame & ~merged).tolist():
             lo, hi = np.searchsorted(c.group, [g, g + 1])
-            self._special(_take(c, slice(int(lo), int(hi))))
+            self._special(c.take(slice(int(lo), int(hi))))
+
+    def _room(self, c: _Copies) -> I64:
+        """For each content, how many mappings its KSM pages take by merging."""
+        on = c.ksm
+        if not on.any():
+            return np.zeros(c.groups, np.int64)
+        pairs, length = np.unique(np.stack((c.group[on], c.frame[on])), axis=1, return_counts=True)
+        free = np.maximum(0, self.limit - length)
+        return np.bincount(pairs[0], free, c.groups).astype(np.int64)
 
     def _add_nodes(self, nodes: I64, n: I64, left: I64, mask: Bool) -> None:
         self.shared.add(int(nodes[mask].sum()))
@@ -397,132 +384,273 @@ class _Model:
 
     def _add_merging(self, c: _Copies, merged: Bool, left: I64) -> None:
         """Mappings on stable nodes by process; the leftover is the last in scan order."""
-        on = merged[c.group]
-        for column in (0, 1):
-            np.add.at(self.merging[:, column], c.process[on], 1)
+        self.merging += self._count(c, merged[c.group])[:, None]
         for g in np.flatnonzero(merged & (left > 0)).tolist():
             lo, hi = np.searchsorted(c.group, [g, g + 1])
-            self._take_leftover(c.process[lo:hi])
-
-    def _take_leftover(self, process: I64) -> None:
-        involved = np.unique(process)
-        if len(involved) == 1 or self.rules.order_known:
-            self.merging[involved[-1]] -= 1
-        else:
-            self.merging[involved, 0] -= 1
+            involved = np.unique(c.process[lo:hi])
+            if len(involved) == 1 or self.rules.order_known:
+                self.merging[involved[-1]] -= 1
+            else:
+                self.merging[involved, 0] -= 1
 
     def _add_breakdown(self, c: _Copies, merged: Bool, freed: I64) -> None:
-        zero_group = np.bincount(c.group, c.zero, c.groups) > 0
-        self.zero_saved += int(freed[merged & zero_group].sum())
-        rest = merged & ~zero_group
-        on = rest[c.group]
+        on = merged[c.group]
         if not on.any():
             return
         # Distinct frames of each (content, process), less one: what it saves by itself.
         pair = c.group[on] * len(self.pages.processes) + c.process[on]
         _, packed = np.unique(pair, return_inverse=True)
-        own = self._distinct(packed, c.frame[on], int(packed.max()) + 1)
+        own = _distinct(packed, c.frame[on], int(packed.max()) + 1)
         group_of = np.zeros(len(own), np.int64)
         group_of[packed] = c.group[on]
         within = np.bincount(group_of, own - 1, c.groups).astype(np.int64)
         within = np.minimum(within, freed)
-        self.within_saved += int(within[rest].sum())
-        self.across_saved += int((freed - within)[rest].sum())
+        self.within_saved += int(within[merged].sum())
+        self.across_saved += int((freed - within)[merged].sum())
+
+    # -- one content ---------------------------------------------------------------------------
+
+    def _fate(self, c: _Copies, *, delayed: bool = False) -> Fate:
+        m = self._members(c)
+        known = self.rules.order_known
+        if ((c.word & Flag.HIDDEN) != 0).any():
+            return fate.hidden(m, self.limit, order_known=known, delayed=delayed)
+        return fate.known(m, self.limit, order_known=known, delayed=delayed)
 
     def _special(self, c: _Copies) -> None:
         """One content with KSM pages, hidden sharing, or forks beyond the limit."""
-        if c.maybe_shared.any():
-            self._hidden(c)
-            return
-        order = np.argsort(self.pages.scan_order(c.index))
-        outcome = simulate(c.frame[order].tolist(), c.ksm[order].tolist(), self.limit)
-        nodes, merged = outcome.nodes, np.array(outcome.merged)
-        left = outcome.unshared
-        self.shared.add(nodes)
-        self.sharing.add(int(merged.sum()) - nodes)
-        self.unshared.add(left)
-        self.volatile.add(outcome.volatile)
-        if nodes >= 2:
-            self.chains.add(1)
-            self.dups.add(nodes)
-        out = np.flatnonzero(~merged)
-        process = c.process[order]
-        if len(out) and len(np.unique(process)) > 1 and nodes and not self.rules.order_known:
-            for p in np.unique(process).tolist():
-                mine = int(np.count_nonzero(process == p))
-                self.merging[p] += (max(0, mine - len(out)), mine)
-        else:
-            np.add.at(self.merging, process[merged], 1)
-        d = len(np.unique(c.frame))
-        # Frames of mappings that stay out, and of the nodes, remain.
-        remaining = len(set(c.frame[order][out].tolist())) + nodes if nodes else d
-        freed = max(0, d - remaining)
+        self._add_fate(c, self._fate(c))
+
+    def _add_fate(self, c: _Copies, f: Fate) -> None:
+        self.shared.add(*f.nodes)
+        self.sharing.add(*f.sharing(len(c.index)))
+        self.unshared.add(*f.unshared)
+        self.volatile.add(*f.volatile)
+        self.chains.add(int(f.nodes[0] >= 2), int(f.nodes[1] >= 2))
+        self.dups.add(*(n if n >= 2 else 0 for n in f.nodes))
+        self._add_uncertain_merging(c, f)
+        if c.thp.any():
+            self._add_splits(c, f)
+        # A frame that is mapped outside the scan too stays there, unless it is a node's.
         outside = len(np.unique(c.frame[(c.word & Flag.OUTSIDE) != 0]))
-        low = max(0, freed - outside)
-        high = max(low, freed - max(0, outside - nodes))
+        low = f.freed[0] - outside
+        high = max(low, f.freed[1] - max(0, outside - f.nodes[1]))
+        if f.freed[0] >= 0:
+            low, high = max(0, low), max(0, high)
         self.freed.add(low, high)
         if c.zero[0]:
             self.zero_saved += low
-        elif len(np.unique(process)) == 1:
+        elif len(np.unique(c.process)) == 1:
             self.within_saved += low
         else:
             self.across_saved += low
 
-    def _hidden(self, c: _Copies) -> None:
-        """Frame numbers hidden: mappings that are not exclusive may share a frame, or be KSM's."""
-        n = len(c.index)
-        own = int(np.count_nonzero(~c.maybe_shared))
-        # In one process two addresses have two frames, unless KSM merged them.
-        shared = c.process[c.maybe_shared]
-        maybe_ksm = any(self.pages.regions[r].ksm_bytes for r in self._regions_of(c))
-        fewest = own + (1 if maybe_ksm else int(np.bincount(shared).max()))
-        nodes, left = _closed_form_one(n, self.limit)
-        surely = fewest >= 2
-        # Unknown frames that others outside the scan map too may stay.
-        self.freed.add(max(0, own - nodes - left) if surely else 0, max(0, n - nodes - left))
-        merged_low = n - left if surely else 0
-        exact = surely and n <= self.limit and not maybe_ksm
-        if exact:
-            self.shared.add(nodes)
-            self.sharing.add(n - nodes - left)
-            self.unshared.add(left)
-        else:
-            most_nodes = max(nodes, min(n // 2, nodes + 1)) if surely else nodes
-            self.shared.add(nodes if surely else 0, most_nodes)
-            self.sharing.add(max(0, n - most_nodes - 1) if surely else 0, n - 1)
-            self.unshared.add(0, 1)
-            self.volatile.add(0, 0 if surely else n - 1)
-        if nodes >= 2:
-            self.chains.add(1 if exact else 0, 1)
-            self.dups.add(nodes if exact else 0, nodes + (0 if exact else 1))
-        for p in np.unique(c.process).tolist():
-            mine = int(np.count_nonzero(c.process == p))
-            self.merging[p] += (mine if exact and not left else min(merged_low, mine - 1), mine)
-        if c.zero[0]:
-            self.zero_saved += n - nodes
-        elif len(np.unique(c.process)) == 1:
-            self.within_saved += n - nodes
-        else:
-            self.across_saved += n - nodes
+    def _add_uncertain_merging(self, c: _Copies, f: Fate) -> None:
+        mine = self._count(c)
+        may_stay = self._count(c, f.stays)
+        if f.exact:
+            self.merging += (mine - may_stay)[:, None]
+            return
+        low = np.minimum(may_stay, f.out[1])
+        if f.one_frame:
+            # A process maps a frame once, unless it is a KSM page.
+            low = np.minimum(low, 1)
+        if f.out[0] == f.out[1] and np.count_nonzero(may_stay) == 1:
+            mine = mine - np.where(may_stay > 0, f.out[0], 0)
+            low = np.zeros_like(low)
+        self.merging[:, 0] += mine - low
+        self.merging[:, 1] += mine
 
-    def _regions_of(self, c: _Copies) -> list[int]:
-        return [int(r) for r in np.unique(self.pages.region_of(c.index[c.maybe_shared]))]
+    def _add_splits(self, c: _Copies, f: Fate) -> None:
+        """Huge pages split when any of their pages merges."""
+        folio = self._folio_of(c)
+        surely = set(folio[c.thp & ~f.stays].tolist())
+        if f.one_frame and not f.exact:
+            # Two frames of the content in a huge page: one of them merges.
+            inside = np.flatnonzero(c.thp & f.stays)
+            _, where = np.unique(c.frame[inside], return_index=True)
+            folios, count = np.unique(folio[inside][where], return_counts=True)
+            surely |= set(folios[count >= 2].tolist())
+        self.split |= surely
+        rest = set(folio[c.thp & f.stays].tolist()) - surely
+        if f.exact or not rest:
+            return
+        if f.one_frame:
+            self.one_stays.append(rest)
+        else:
+            self.may_split |= rest
+
+    # -- all-zero pages ------------------------------------------------------------------------
+
+    def _zero(self, c: _Copies) -> None:
+        """All-zero pages: merged like any content, mapped to the shared zero page, or both."""
+        folio = self._folio_of(c) if c.thp.any() else c.frame
+        locked = np.unique(folio[c.thp & ((c.word & Flag.LOCKED) != 0)])
+        # A split maps zero subpages to the shared zero page, but not if the huge page is locked.
+        vanishing = c.thp & ~np.isin(folio, locked)
+        if self.rules.use_zero_pages:
+            self._to_zero_page(c, folio, vanishing)
+        elif vanishing.any():
+            self._vanish(c, folio, vanishing)
+        else:
+            self._special(c)
+
+    def _to_zero_page(self, c: _Copies, folio: I64, vanishing: Bool) -> None:
+        """use_zero_pages: all go to the shared zero page, but those merged before."""
+        leave = ~c.ksm & ~c.maybe_ksm
+        self.split.update(folio[c.thp & leave].tolist())
+        self._leave(c, vanishing & leave)
+        placed = leave & ~vanishing
+        self._leave(c, placed)
+        self.zero.add(int(placed.sum()))
+        self.zero_by_process += self._count(c, placed)[:, None]
+        if c.ksm.any():
+            self._special(c.take(c.ksm))
+        n = int(c.maybe_ksm.sum())
+        if n:
+            self.shared.add(0, n)
+            self.sharing.add(0, n - 1)
+            self.chains.add(0, int(n >= 2))
+            self.dups.add(0, n if n >= 2 else 0)
+            self.zero.add(0, n)
+            self.gone.add(0, n)
+            self.freed.add(0, n)
+            mine = self._count(c, c.maybe_ksm)
+            for by_process in (self.merging, self.zero_by_process, self.gone_by_process):
+                by_process[:, 1] += mine
+
+    def _leave(self, c: _Copies, which: Bool) -> None:
+        """These mappings leave KSM for the shared zero page."""
+        n = int(which.sum())
+        self.gone.add(n)
+        self.gone_by_process += self._count(c, which)[:, None]
+        hidden = int((which & c.maybe_shared).sum())
+        frames = len(np.unique(c.frame[which]))
+        self.freed.add(frames - hidden, frames)
+        self.zero_saved += frames
+
+    def _vanish(self, c: _Copies, folio: I64, vanishing: Bool) -> None:
+        """All-zero pages in huge pages, without use_zero_pages: gone once their huge page splits.
+
+        It splits when another of its pages merges, or when ksmd tries to merge the zero page
+        itself. That fails, so at the most one such page stays: in the unstable tree, alone.
+        """
+        rest = c.take(~vanishing)
+        holders = set(folio[vanishing].tolist())
+        always_room = False
+        f = None
+        if len(rest.index):
+            m = self._members(rest)
+            new = int((~m.ksm).sum())
+            always_room = new < fate.room(m, self.limit) and not m.maybe_ksm.any()
+            f = self._fate(rest, delayed=not always_room)
+            if not always_room:
+                known = self.rules.order_known
+                f = fate.poisoned(m, f, self.limit, order_known=known)
+                # Tried in vain, a huge page that is locked splits nonetheless.
+                self.may_split.update(self._folio_of(rest)[rest.thp].tolist())
+            self._add_fate(rest, f)
+        candidates = self._lonely(c, folio, vanishing)
+        others = set().union(self.may_split, *self.one_stays)
+        # A huge page that splits for another of its pages, but lay in the tree before.
+        rivals = candidates & (self.split | others)
+        candidates -= self.split
+        if always_room or not candidates or not self._may_stay(rest, f):
+            self._leave(c, vanishing)
+            self.split |= holders
+            return
+        hidden = bool(((c.word & Flag.HIDDEN) != 0).any())
+        nothing_else = f is None or not (~rest.ksm).any()
+        certain = nothing_else and not rivals and not hidden
+        if certain:
+            candidates = self._first(c, folio, vanishing, candidates)
+        stays = vanishing & np.isin(folio, list(candidates))
+        if certain and len(candidates) == 1:
+            self._leave(c, vanishing & ~stays)
+            self.unshared.add(1)
+            self.volatile.add(int(stays.sum()) - 1)
+            self.split |= holders - candidates
+            return
+        self._leave(c, vanishing & ~stays)
+        self.split |= holders - candidates
+        self.one_stays.append(candidates)
+        views = np.unique(folio[stays], return_counts=True)[1]
+        most = len(np.unique(c.process[stays])) if hidden else int(views.max())
+        least = int(views.min()) if certain else 0
+        n = int(stays.sum())
+        self.gone.add(n - most, n - least)
+        self.unshared.add(int(certain), 1)
+        self.volatile.add(max(0, least - 1), most - 1)
+        frames = len(np.unique(c.frame[stays]))
+        shared = int((stays & c.maybe_shared).sum())
+        self.freed.add(max(0, frames - shared - 1), frames - int(certain))
+        self.zero_saved += frames - 1
+        mine = self._count(c, stays)
+        self.gone_by_process[:, 0] += np.maximum(0, mine - 1)
+        self.gone_by_process[:, 1] += mine
+
+    def _lonely(self, c: _Copies, folio: I64, vanishing: Bool) -> set[int]:
+        """Huge pages with one zero page alone; two would split it by themselves."""
+        at = np.flatnonzero(vanishing)
+        _, where = np.unique(c.frame[at], return_index=True)
+        folios, count = np.unique(folio[at][where], return_counts=True)
+        return set(folios[count == 1].tolist())
+
+    def _first(self, c: _Copies, folio: I64, vanishing: Bool, candidates: set[int]) -> set[int]:
+        """Of these huge pages the one that ksmd comes to first, where that is known."""
+        at = np.flatnonzero(vanishing & np.isin(folio, list(candidates)))
+        if not self.rules.order_known and len(np.unique(c.process[at])) > 1:
+            return candidates
+        return {int(folio[at[np.argmin(self.pages.scan_order(c.index[at]))]])}
+
+    def _may_stay(self, rest: _Copies, f: Fate | None) -> bool:
+        """Whether a zero page in a huge page may find no partner among the other zero pages.
+
+        So it is if all of those are merged, and no node has room.
+        """
+        if f is None:
+            return True
+        new = int((~rest.ksm).sum())
+        if f.out[0] > 0:
+            return False
+        if rest.maybe_ksm.any() or rest.ksm.any():
+            return True
+        if new < self.limit:
+            return False
+        shared = rest.maybe_shared.any() or len(np.unique(rest.frame)) < new
+        return bool(shared) or new % self.limit == 0
 
     # -- the result ----------------------------------------------------------------------------
 
+    def _splits(self) -> Range:
+        """Huge pages that split."""
+        among = set().union(*self.one_stays)
+        low = max(len(self.split), len(self.split | among) - len(self.one_stays))
+        high = len(self.split | among | self.may_split)
+        if self.shared_folios:
+            # Hidden: two processes may see the same one.
+            surely = self.split & self.shared_folios
+            seen = np.array([-1 - f for f in surely], np.int64) % len(self.pages.processes)
+            most = int(np.bincount(seen).max()) if len(seen) else 0
+            low = len(self.split - self.shared_folios) + most
+        split = Range()
+        split.add(low, high)
+        return split
+
     def _result(self, rmap_by_process: I64, *, volatile_known: bool) -> Prediction:
         page = self.pages.page_size
-        rmap = rmap_by_process - self.gone_by_process
-        rmap_total = int(rmap.sum())
+        total = int(rmap_by_process.sum())
+        rmap_low, rmap_high = total - self.gone.high, total - self.gone.low
         profit = Range()
         profit.add(
-            (self.sharing.low + self.zero.low) * page - rmap_total * RMAP_ITEM_BYTES,
-            (self.sharing.high + self.zero.high) * page - rmap_total * RMAP_ITEM_BYTES,
+            (self.sharing.low + self.zero.low) * page - rmap_high * RMAP_ITEM_BYTES,
+            (self.sharing.high + self.zero.high) * page - rmap_low * RMAP_ITEM_BYTES,
         )
-        metadata_high = rmap_total * RMAP_ITEM_BYTES + self.shared.high * STABLE_NODE_BYTES
-        metadata_low = rmap_total * RMAP_ITEM_BYTES + self.shared.low * STABLE_NODE_BYTES
+        metadata_high = rmap_high * RMAP_ITEM_BYTES + self.shared.high * STABLE_NODE_BYTES
+        metadata_low = rmap_low * RMAP_ITEM_BYTES + self.shared.low * STABLE_NODE_BYTES
         saved = Range()
         saved.add(self.freed.low * page - metadata_high, self.freed.high * page - metadata_low)
+        split = self._splits()
         ranges = {
             "pages_shared": self.shared,
             "pages_sharing": self.sharing,
@@ -534,7 +662,7 @@ class _Model:
             "general_profit": profit,
             "frames_freed": self.freed,
             "saved_bytes": saved,
-            "thp_split": self.split,
+            "thp_split": split,
         }
         values = {name: r.value for name, r in ranges.items()}
         bounds = {name: (r.low, r.high) for name, r in ranges.items() if r.value is None}
@@ -546,7 +674,7 @@ class _Model:
         return Prediction(
             **values,
             bounds=bounds,
-            processes=self._processes(rmap),
+            processes=self._processes(rmap_by_process),
             breakdown=Breakdown(self.zero_saved, self.within_saved, self.across_saved),
             metadata_bytes=metadata_high,
         )
@@ -554,53 +682,43 @@ class _Model:
     def _processes(self, rmap: I64) -> list[ProcessPrediction]:
         page = self.pages.page_size
         out = []
-        for items, zero, (low, high) in zip(
-            rmap.tolist(), self.zero_by_process.tolist(), self.merging.tolist(), strict=True
+        for total, gone, zero, merging in zip(
+            rmap.tolist(),
+            self.gone_by_process.tolist(),
+            self.zero_by_process.tolist(),
+            self.merging.tolist(),
+            strict=True,
         ):
-            profits = tuple((m + zero) * page - items * RMAP_ITEM_BYTES for m in (low, high))
-            exact = low == high
+            items = total - gone[1], total - gone[0]
+            spans = {
+                "ksm_rmap_items": items,
+                "ksm_zero_pages": tuple(zero),
+                "ksm_merging_pages": tuple(merging),
+                "ksm_process_profit": (
+                    (merging[0] + zero[0]) * page - items[1] * RMAP_ITEM_BYTES,
+                    (merging[1] + zero[1]) * page - items[0] * RMAP_ITEM_BYTES,
+                ),
+            }
             out.append(
                 ProcessPrediction(
-                    ksm_rmap_items=items,
-                    ksm_zero_pages=zero,
-                    ksm_merging_pages=low if exact else None,
-                    ksm_process_profit=profits[0] if exact else None,
-                    bounds={}
-                    if exact
-                    else {
-                        "ksm_merging_pages": (low, high),
-                        "ksm_process_profit": (profits[0], profits[1]),
+                    **{name: low if low == high else None for name, (low, high) in spans.items()},
+                    bounds={
+                        name: (low, high) for name, (low, high) in spans.items() if low != high
                     },
                 )
             )
         return out
 
 
-def _take(c: _Copies, which: Bool | slice) -> _Copies:
-    return _Copies(
-        c.index[which],
-        c.group[which],
-        c.groups,
-        c.word[which],
-        c.frame[which],
-        c.process[which],
-        c.thp[which],
-        c.ksm[which],
-        c.zero[which],
-        c.maybe_shared[which],
-    )
-
-
-def _closed_form(n: I64, limit: int) -> tuple[I64, I64]:
-    """Nodes and leftover for n mappings of distinct frames: a lone last one finds no partner."""
-    q, r = np.divmod(n, limit)
-    left = np.where(r == 1, 1, 0)
-    return np.asarray(q + (r > 1)), np.asarray(left)
-
-
-def _closed_form_one(n: int, limit: int) -> tuple[int, int]:
-    nodes, left = _closed_form(np.array([n]), limit)
-    return int(nodes[0]), int(left[0])
+def _distinct(group: I64, frame: I64, groups: int) -> I64:
+    """Distinct frames of each group."""
+    if not len(group):
+        return np.zeros(groups, np.int64)
+    order = np.lexsort((frame, group))
+    g, f = group[order], frame[order]
+    fresh = np.ones(len(g), bool)
+    fresh[1:] = (g[1:] != g[:-1]) | (f[1:] != f[:-1])
+    return np.bincount(g[fresh], minlength=groups)
 
 
 def savings_alone(pages: Pages, groups: Groups, labels: Sequence[int]) -> I64:

@@ -53,8 +53,14 @@ def simulate(
     frame = list(frames)
     on: list[int | None] = [None] * len(frame)  # the node (by its frame) of each mapping
     length: dict[int, int] = {}
-    ksm = {f for f, k in zip(frame, is_ksm, strict=True) if k}
-    room: list[int] = []  # nodes with fewer mappings than the limit
+    # KSM pages count all their mappings from the start: ksmd appends those of a fork in a first
+    # scan, in which it only remembers the checksums of the others.
+    for m, (f, k) in enumerate(zip(frame, is_ksm, strict=True)):
+        if k:
+            on[m] = f
+            length[f] = length.get(f, 0) + 1
+    ksm = set(length)
+    room = [f for f, n in length.items() if n < max_page_sharing]
     in_tree: int | None = None
     changed = True
     while changed:
@@ -65,9 +71,7 @@ def simulate(
                 if on[m] is None:
                     # Its page table points to a KSM page already: appended, whatever its length.
                     on[m] = f
-                    length[f] = length.get(f, 0) + 1
-                    if length[f] == 1:
-                        room.append(f)
+                    length[f] += 1
                     changed = True
                 continue
             while room and length[room[-1]] >= max_page_sharing:

@@ -19,5 +19,9 @@ def typable(text: str) -> str:
 
 
 def as_root(line: str) -> str:
-    """A line of shell with a redirection, for root or for those who must become root."""
-    return line if os.geteuid() == 0 else f"sudo sh -c '{line}'"
+    """A line of shell, for root or for those who must become root."""
+    if os.geteuid() == 0:
+        return line
+    if ">" in line:
+        return f"sudo sh -c '{line}'"
+    return typable(f"`sudo {line}`").strip("`")

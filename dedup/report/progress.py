@@ -10,7 +10,12 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
-WORDS = {"pages": "reading memory", "waiting": "waiting for the next look"}
+WORDS = {
+    "pages": "reading memory",
+    "waiting": "waiting for the next look",
+    "merged": "waiting for ksmd",
+    "cases": "self-test",
+}
 
 
 class Progress:
@@ -65,7 +70,7 @@ class Progress:
         return bar
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Take the bar away; the next call shows it again."""
         if self._bar is not None:
             self._bar.stop()
-            self._bar = None
+            self._bar = self._task = None

@@ -111,6 +111,8 @@ class View:
         Columns.
     plain : bool
         Nothing but ASCII.
+    choice : str
+        The options that chose these processes, for commands to type next.
     """
 
     scan: Scan
@@ -118,6 +120,7 @@ class View:
     verbose: bool = False
     width: int = 80
     plain: bool = False
+    choice: str = "--pid N"
     regions: RegionPages = field(init=False)
 
     def __post_init__(self) -> None:
@@ -463,9 +466,10 @@ class View:
                 f"{size(swapped)} are swapped out: KSM can't merge them, and they stay so."
             )
         if not scan.pages.frames_known:
+            again = typable(f"`sudo dedup scan {safe(self.choice, plain=self.plain)}`")
             words.append(
                 "Frame numbers are hidden from you: pages that processes share since a fork can't "
-                f"be told from copies. {typable('`sudo dedup scan`')} makes every figure exact."
+                f"be told from copies. {again} makes every figure exact."
             )
         elif any(p.bounds for p in scan.prediction.processes) or scan.prediction.bounds:
             words.append(
@@ -503,9 +507,10 @@ class View:
             )
         words = f"{scan.passes} looks, {scan.interval_seconds:.3g} s apart. "
         if scan.full_scan_seconds > scan.interval_seconds:
+            longer = math.ceil(scan.full_scan_seconds * 1.6)
             return words + (
                 f"ksmd's full scan takes longer, {full}: what changes more slowly than the looks "
-                f"counts as stable here. `--interval {math.ceil(scan.full_scan_seconds * 1.6)}` sees it."
+                f"counts as stable here. `--interval {longer}` sees it."
             )
         return words + f"ksmd's full scan takes about {full}."
 
@@ -526,16 +531,18 @@ class View:
             return [("look at more processes together", "dedup scan --all --by name")]
         steps = []
         runs = scan.tunables.get("run") == 1
-        unadvised = any(
-            n and not r.advised
-            for r, n in zip(scan.pages.regions, self.regions.duplicates.tolist(), strict=True)
-        )
-        if unadvised:
+        copied = dict.fromkeys((True, False), 0)
+        for r, n in zip(scan.pages.regions, self.regions.duplicates.tolist(), strict=True):
+            copied[r.advised] += n
+        if copied[False] > copied[True]:
             steps.append(("start the program with mergeable memory", "dedup run -- COMMAND"))
-        if not runs:
-            steps.append(("start ksmd, which is not running", as_root(f"echo 1 > {RUN_FILE}")))
-        if runs and not unadvised:
-            steps.append(("see what ksmd has merged so far", "grep . /sys/kernel/mm/ksm/*_*"))
+            if not runs:
+                steps.append(("start ksmd, which is not running", as_root(f"echo 1 > {RUN_FILE}")))
+        else:
+            line = f"dedup apply {safe(self.choice, plain=self.plain)}"
+            if not runs:
+                line += " --start-ksmd"
+            steps.append(("merge, and hold the kernel's counters against this", as_root(line)))
         return steps
 
 

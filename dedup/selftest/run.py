@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 TIMEOUT_SECONDS: Final = 120.0
 ANSWER_SECONDS: Final = 60.0
+QUIET_SECONDS: Final = 0.2
+QUIET_WITHIN_SECONDS: Final = 3.0
+"""A ksmd without work is quiet for so long, within so long."""
 SLEEP_MILLISECS: Final = 4
 WRITER_SLEEP_MILLISECS: Final = 100
 """Between scans while pages are rewritten: much longer than a round of the writer."""
@@ -172,9 +175,40 @@ class Subject:
 class Runner:
     """Runs cases with ksmd at our command."""
 
-    def __init__(self, ksm: Ksm, tunables: Tunables, *, alone: bool) -> None:
-        self.ksm, self.tunables, self.alone = ksm, tunables, alone
+    def __init__(self, ksm: Ksm, tunables: Tunables) -> None:
+        self.ksm, self.tunables = ksm, tunables
+        self.alone = False
         self.sight = pagemap.sight()
+
+    def find_others(self) -> list[str]:
+        """Who else uses KSM; nobody, and only then, means that all of it may be unmerged.
+
+        Processes of other pid namespaces are out of sight. But ksmd has nothing to scan where no
+        memory is registered, and stands still (mm/ksm.c, ksm_do_scan).
+        """
+        others = [f"{name} (pid {pid})" for pid, name in ksm_interface.users().items()]
+        if not others and self._scans_something():
+            others = ["a process out of sight (in another pid namespace?)"]
+        self.alone = not others
+        return others
+
+    def _scans_something(self) -> bool:
+        self.tunables.set("run", RUN_MERGE)
+        end = time.monotonic() + QUIET_WITHIN_SECONDS
+        last, since = self._scanned(), time.monotonic()
+        # Memory of processes that just ended takes a scan or two to go.
+        while time.monotonic() < end:
+            time.sleep(wait.POLL_SECONDS)
+            now = self._scanned()
+            if now != last:
+                last, since = now, time.monotonic()
+            elif time.monotonic() - since > QUIET_SECONDS:
+                return False
+        return True
+
+    def _scanned(self) -> tuple[int, int]:
+        counters = self.ksm.counters()
+        return counters.full_scans, counters.pages_scanned
 
     def prepare(self) -> None:
         """Fast scans, every page in each, smart scan off."""
@@ -348,9 +382,9 @@ def run(
     with tunables:
         test.leftover = tunables.leftover
         test.warnings = others_at_the_knobs()
-        test.others = [f"{name} (pid {pid})" for pid, name in ksm_interface.users().items()]
-        runner = Runner(ksm, tunables, alone=not test.others)
+        runner = Runner(ksm, tunables)
         runner.prepare()
+        test.others = runner.find_others()
         huge = runner.sight.huge_bytes // runner.sight.page_size
         cases = [c for c in all_cases(huge) if wanted(c)]
         for number, case in enumerate(cases):
