@@ -57,6 +57,7 @@ cdef enum:
     UNIT_BYTES = 2 * 1024 * 1024   # what a thread takes at a time
     UNIT_RANGES = 512              # ranges in a unit, at the most
     MAX_IOV = 1024
+    LOOK_AGAIN_STEP = 64
 
 
 cdef struct Unit:
@@ -526,12 +527,28 @@ cdef class Job:
                 got -= 1
 
     cdef void _look_again(self, Worker *w, int64_t n, int64_t target) noexcept nogil:
-        """Count pages read fast whose frame is another one now: sharing that we may have cost."""
-        cdef int64_t i = 0, j, k, got, changed = 0, page_size = self.page_size
+        """Count pages read fast whose frame is another one now: sharing that we may have cost.
+
+        A fork takes the exclusive mark from all pages at once (mm/memory.c, copy_present_ptes), so
+        a few pages tell whether there was one; only then each is looked at.
+        """
+        cdef int64_t i, j, k, got, changed = 0, page_size = self.page_size
         cdef int fd = <int>self.pagemap_fds[target]
-        cdef uint64_t e
+        cdef int suspect = 0
+        cdef uint64_t e = 0
+        i = 0
+        while i < n and not suspect:
+            if w.digest[i]:
+                got = pread(fd, &e, 8, <int64_t>(w.address[i] // <uint64_t>page_size) * 8)
+                suspect = got == 8 and self._differs(w, i, e)
+            # The last page too: it was read last.
+            i = n - 1 if i < n - 1 < i + LOOK_AGAIN_STEP else i + LOOK_AGAIN_STEP
+        if not suspect:
+            return
+        self.no_fast[target] = 1
+        i = 0
         while i < n:
-            if not w.digest[i] or w.word[i] & HIDDEN:
+            if not w.digest[i]:
                 i += 1
                 continue
             j = i + 1
@@ -542,14 +559,19 @@ cdef class Job:
                              <int64_t>(w.address[i] // <uint64_t>page_size) * 8)
             for k in range(got // 8 if got > 0 else 0):
                 e = w.look[k]
-                if e & PM_PRESENT and (not e & PM_EXCLUSIVE
-                                       or (e & PM_PFN) != (w.word[i + k] & FRAME_MASK)):
-                    # Not exclusive any more: it forks. Another frame: maybe by our read.
-                    self.no_fast[target] = 1
-                    if (e & PM_PFN) != (w.word[i + k] & FRAME_MASK):
-                        changed += 1
+                if (e & PM_PRESENT and not w.word[i + k] & HIDDEN
+                        and (e & PM_PFN) != (w.word[i + k] & FRAME_MASK)):
+                    changed += 1
             i = j
         w.changed_pages += changed
+
+    cdef inline int _differs(self, Worker *w, int64_t i, uint64_t e) noexcept nogil:
+        """Not exclusive any more: it forks. Another frame: maybe by our read."""
+        if not e & PM_PRESENT:
+            return 0
+        if not e & PM_EXCLUSIVE:
+            return 1
+        return not w.word[i] & HIDDEN and (e & PM_PFN) != (w.word[i] & FRAME_MASK)
 
     cdef int64_t _compare(self, Worker *w, int64_t n, int64_t target) noexcept nogil:
         """Second look: update pages of the first in place; keep the new ones, give their number."""

@@ -107,9 +107,15 @@ def scan_pids(pids: Sequence[int], plan: Plan | None = None) -> Scan:
 
 
 def scan_spans(spans: Sequence[Span], plan: Plan | None = None) -> Scan:
-    """Scan pieces of our own memory, hashed where they lie."""
+    """Scan pieces of our own memory, hashed where they lie; each page once."""
     plan = plan or Plan()
-    return _run(LiveSource([os.getpid()], plan.options, spans=spans), plan)
+    apart: list[Span] = []
+    for span in sorted(spans, key=lambda s: s.start):
+        end = apart[-1].start + apart[-1].length if apart else 0
+        start = max(span.start, end)
+        if start < span.start + span.length:
+            apart.append(Span(start, span.start + span.length - start))
+    return _run(LiveSource([os.getpid()], plan.options, spans=apart), plan)
 
 
 def choose(choice: processes.Choice) -> list[int]:

@@ -100,6 +100,23 @@ def converge(
         time.sleep(POLL_SECONDS)
 
 
+def forgotten(ksm: Ksm, timeout_seconds: float) -> None:
+    """Wait until ksmd follows no page any more, as after MADV_UNMERGEABLE by its only user.
+
+    Full scans can't be counted then: ksmd stands still without work.
+
+    Raises
+    ------
+    CheckFailed
+        Not within the time.
+    """
+    end = time.monotonic() + timeout_seconds
+    while ksm.counters().rmap_items:
+        if time.monotonic() > end:
+            raise CheckFailed(f"ksmd still follows pages after {timeout_seconds:.0f} s", "")
+        time.sleep(POLL_SECONDS)
+
+
 def _require_running(
     ksm: Ksm, begin: float, timeout_seconds: float, now: Counters, first: int
 ) -> None:

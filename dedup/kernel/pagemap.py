@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from dedup import _core
+from dedup.errors import NotPermitted
 
 if TYPE_CHECKING:
     from dedup.pages import I64, U64
@@ -48,7 +49,13 @@ class Sight:
 
 @cache
 def sight(proc: Path = PROC, thp: Path = THP) -> Sight:
-    """Probe, once a process, what the kernel shows us."""
+    """Probe, once a process, what the kernel shows us.
+
+    Raises
+    ------
+    NotPermitted
+        Not even our own pagemap can be read.
+    """
     page_size = mmap.PAGESIZE
     try:
         huge = int((thp / "hpage_pmd_size").read_text())
@@ -60,7 +67,13 @@ def sight(proc: Path = PROC, thp: Path = THP) -> Sight:
         _ = page[0]
         with memoryview(page) as view:
             address = _core.address_of(view)
-        fd = os.open(proc / "self" / "pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fd = os.open(proc / "self" / "pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        except PermissionError as e:
+            raise NotPermitted(
+                "may not read /proc/self/pagemap: this process gave up its rights (not dumpable)",
+                "start it anew as the user that it should run as",
+            ) from e
         try:
             word = int(_core.read_words(fd, np.array([address // page_size], np.int64))[0])
             frame = word & ((1 << 55) - 1)

@@ -147,6 +147,11 @@ class _Copies:
     maybe_ksm: Bool
     """Hidden, and in a region with KSM pages."""
 
+    @property
+    def alone(self) -> Bool:
+        """Frames with this one mapping, by pagemap; a KSM page can be called so too."""
+        return np.asarray(((self.word & Flag.EXCLUSIVE) != 0) & ~self.ksm)
+
     def take(self, which: Bool | slice) -> _Copies:
         """Some of them."""
         return _Copies(
@@ -253,6 +258,8 @@ class _Model:
     def _process_of(self, index: I64) -> I64:
         if not len(index):
             return np.empty(0, np.int64)
+        if len(self.pages.processes) == 1:
+            return np.zeros(len(index), np.int64)
         return np.asarray(self.pages.process_of_region()[self.pages.region_of(index)])
 
     def _folio_of(self, c: _Copies) -> I64:
@@ -335,7 +342,7 @@ class _Model:
             return
         n = np.bincount(c.group, minlength=c.groups)
         ksm = np.bincount(c.group, c.ksm, c.groups).astype(np.int64)
-        d = _distinct(c.group, c.frame, c.groups)
+        d = _distinct(c.group, c.frame, c.groups, c.alone)
         old = _distinct(c.group[c.ksm], c.frame[c.ksm], c.groups)
         unclear = np.bincount(c.group, c.maybe_shared | c.maybe_ksm, c.groups) > 0
         unclear |= np.bincount(c.group, (c.word & Flag.OUTSIDE) != 0, c.groups) > 0
@@ -397,10 +404,13 @@ class _Model:
         on = merged[c.group]
         if not on.any():
             return
+        if len(self.pages.processes) == 1:
+            self.within_saved += int(freed.sum())
+            return
         # Distinct frames of each (content, process), less one: what it saves by itself.
         pair = c.group[on] * len(self.pages.processes) + c.process[on]
         _, packed = np.unique(pair, return_inverse=True)
-        own = _distinct(packed, c.frame[on], int(packed.max()) + 1)
+        own = _distinct(packed, c.frame[on], int(packed.max()) + 1, c.alone[on])
         group_of = np.zeros(len(own), np.int64)
         group_of[packed] = c.group[on]
         within = np.bincount(group_of, own - 1, c.groups).astype(np.int64)
@@ -710,8 +720,12 @@ class _Model:
         return out
 
 
-def _distinct(group: I64, frame: I64, groups: int) -> I64:
-    """Distinct frames of each group."""
+def _distinct(group: I64, frame: I64, groups: int, alone: Bool | None = None) -> I64:
+    """Distinct frames of each group; those of `alone` are known to have one mapping each."""
+    if alone is not None:
+        rest = ~alone
+        distinct = _distinct(group[rest], frame[rest], groups)
+        return np.asarray(distinct + np.bincount(group[alone], minlength=groups))
     if not len(group):
         return np.zeros(groups, np.int64)
     order = np.lexsort((frame, group))

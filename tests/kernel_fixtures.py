@@ -1,0 +1,223 @@
+"""Driving the host's KSM in tests, and processes to look at."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Self
+
+import numpy as np
+import pytest
+
+from dedup import _core
+from dedup.errors import Unsupported
+from dedup.kernel.ksm import TUNABLES, Counters, Ksm
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+
+TARGET = Path(__file__).with_name("target.py")
+STEADY_SCANS = 5
+PAGE = os.sysconf("SC_PAGESIZE")
+FRAME_BITS = (1 << 55) - 1
+
+
+class Target:
+    """A process whose memory a test lays out: ``target.do("put", name="a", at=0, what=["zero"])``.
+
+    The commands are those of target.py.
+    """
+
+    def __init__(self, user: int | None = None) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", str(TARGET)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            user=user,
+            group=user,
+            extra_groups=None if user is None else [],
+        )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self._in: IO[bytes] = self.process.stdin
+        self._out: IO[bytes] = self.process.stdout
+        self.pid = self.process.pid
+        assert self.answer() == "ready"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End it and its children."""
+        with suppress(BrokenPipeError):
+            self._in.close()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._out.close()
+
+    def kill(self) -> None:
+        """End it the hard way."""
+        self.process.kill()
+        self.process.wait()
+
+    def send(self, verb: str, child: tuple[int, ...] = (), **words: Any) -> None:
+        """Give a command without waiting for its answer."""
+        line = json.dumps({"do": verb, "child": list(child), **words}) + "\n"
+        self._in.write(line.encode())
+        self._in.flush()
+
+    def answer(self) -> Any:
+        """The next answer."""
+        line = self._out.readline()
+        assert line, "the target is gone"
+        answer = json.loads(line)
+        if "error" in answer:
+            raise OSError(answer.get("errno", 0), answer["error"])
+        return answer["ok"]
+
+    def do(self, verb: str, child: tuple[int, ...] = (), **words: Any) -> Any:
+        """Give a command and wait until it is done."""
+        self.send(verb, child, **words)
+        return self.answer()
+
+    def stop(self) -> Any:
+        """End a command that goes on until a line comes in; gives its answer."""
+        self._in.write(b"\n")
+        self._in.flush()
+        return self.answer()
+
+
+class KsmControl:
+    """The host's KSM in a test's hands; `restore` puts all tunables back."""
+
+    def __init__(self) -> None:
+        self.ksm = Ksm()
+        self.before = self.ksm.tunables()
+        self.clear()
+        self.set(advisor_mode="none", smart_scan=0, sleep_millisecs=1, pages_to_scan=200_000)
+
+    def set(self, **values: int | str) -> None:
+        """Write tunables; those that this kernel lacks are left out."""
+        for name, value in values.items():
+            if name in self.before:
+                self.ksm.write(name, value)
+
+    def start(self) -> None:
+        """Let ksmd merge."""
+        self.ksm.write("run", 1)
+
+    def stop(self) -> None:
+        """Put ksmd to rest; what is merged stays."""
+        self.ksm.write("run", 0)
+
+    def clear(self) -> None:
+        """Unmerge everything; ksmd rests then, at the head of its list."""
+        self.ksm.write("run", 2)
+        deadline = time.monotonic() + 30
+        while any(self.ksm.counters().settled()[:5]):
+            assert time.monotonic() < deadline, self.ksm.counters()
+            time.sleep(0.01)
+        self.ksm.write("run", 0)
+
+    def converge(self, seconds: float = 60, *, stop: bool = True) -> Counters:
+        """Run ksmd until two more full scans change nothing, five at least."""
+        begin = self.ksm.counters().full_scans
+        self.start()
+        deadline = time.monotonic() + seconds
+        last, last_scan = None, begin
+        while True:
+            assert time.monotonic() < deadline, (self.ksm.counters(), self.ksm.tunables())
+            counters = self.ksm.counters()
+            if counters.settled() != last:
+                last, last_scan = counters.settled(), counters.full_scans
+            elif counters.full_scans >= max(begin + STEADY_SCANS, last_scan + 2):
+                break
+            time.sleep(0.005)
+        if stop:
+            self.stop()
+            counters = self.ksm.counters()
+        return counters
+
+    def restore(self) -> None:
+        """Everything as it was."""
+        self.clear()
+        # The advisor last, since it holds others; `run` at the very end.
+        names = [n for n in TUNABLES if n in self.before and n not in {"run", "advisor_mode"}]
+        for name in [*names, "advisor_mode", "run"]:
+            if name in self.before and self.ksm.tunables()[name] != self.before[name]:
+                with suppress(Unsupported):  # held by the advisor: its own affair
+                    self.ksm.write(name, self.before[name])
+        after = self.ksm.tunables()
+        assert after == self.before, (self.before, after)
+
+
+@contextmanager
+def ksm_control() -> Iterator[KsmControl]:
+    """KSM in our hands for a while."""
+    control = KsmControl()
+    try:
+        yield control
+    finally:
+        control.restore()
+
+
+@pytest.fixture
+def ksm() -> Iterator[KsmControl]:
+    """The host's KSM; mark the test `ksm`."""
+    with ksm_control() as control:
+        yield control
+
+
+@pytest.fixture
+def target() -> Iterator[Target]:
+    """A process to lay out."""
+    with Target() as process:
+        yield process
+
+
+def pagemap(pid: int, start: int, pages: int) -> list[int]:
+    """The words of /proc/PID/pagemap."""
+    fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY)
+    try:
+        data = os.pread(fd, pages * 8, start // PAGE * 8)
+    finally:
+        os.close(fd)
+    return np.frombuffer(data, np.uint64).tolist()
+
+
+def frames(pid: int, start: int, pages: int) -> list[int]:
+    """Frame of each page, 0 where there is none."""
+    return [w & FRAME_BITS if w >> 63 else 0 for w in pagemap(pid, start, pages)]
+
+
+def kpageflags(numbers: list[int]) -> list[int]:
+    """The words of /proc/kpageflags for frames."""
+    fd = os.open("/proc/kpageflags", os.O_RDONLY)
+    try:
+        return _core.read_words(fd, np.array(numbers, np.int64)).tolist()
+    finally:
+        os.close(fd)
+
+
+def process_numbers(pid: int, file: str) -> dict[str, int]:
+    """The numbers of a /proc/PID file of lines "name: number unit"."""
+    numbers = {}
+    for line in Path(f"/proc/{pid}/{file}").read_text().splitlines():
+        words = line.replace(":", " ").split()
+        if len(words) > 1 and words[1].lstrip("-").isdigit():
+            numbers[words[0]] = int(words[1])
+    return numbers
