@@ -127,7 +127,7 @@ def scan(pid: int, threads: int) -> tuple[float, float]:
     source = LiveSource([pid], Options(threads=threads))
     pages = source.first_look()
     looked = time.perf_counter() - begin
-    groups = grouping.group(pages)
+    groups = grouping.group(pages, threads)
     mark_outside(pages, groups, source.sight)
     merge.predict(pages, groups, rules_of(Ksm().tunables()))
     return time.perf_counter() - begin, looked

@@ -24,20 +24,25 @@ cdef struct Output:
 cdef enum:
     PART_RECORDS = 8192
     PARTS_MOST_BITS = 12
-    SLICE_RECORDS = 1 << 24    # records held at a time: 256 MiB
     HUGE_ROOM = 2 * 1024 * 1024
 
 
-def group(const uint64_t[::1] hashes not None, uint64_t[::1] frames not None, uint64_t skip):
+def group(const uint64_t[::1] hashes not None, uint64_t[::1] frames not None, uint64_t skip,
+          int slice_bits=0, uint64_t which=0):
     """Group equal hashes; mark those that occur twice or more.
+
+    Slices of the hash space are independent of each other: threads may group one each, and
+    memory stays bounded.
 
     Parameters
     ----------
     hashes : uint64 array, shape (n,)
     frames : uint64 array, shape (n,)
-        Frame words; `DUPLICATE` is set in those of a group of two or more, cleared in others.
+        Frame words; `DUPLICATE` is set in those of a group of two or more. Clear it before.
     skip : int
         Pages with any of these flags are left out.
+    slice_bits, which : int
+        Only hashes whose top `slice_bits` bits are `which`.
 
     Returns
     -------
@@ -53,15 +58,18 @@ def group(const uint64_t[::1] hashes not None, uint64_t[::1] frames not None, ui
     MemoryError
     """
     cdef Output out
-    cdef int rc
+    cdef int rc = 0, part_bits = 0
     cdef int64_t n = hashes.shape[0]
     if frames.shape[0] != n:
         raise ValueError("hashes and frames differ in length")
     memset(&out, 0, sizeof(out))
     try:
         if n:
+            while part_bits < PARTS_MOST_BITS and (n >> (slice_bits + part_bits)) > PART_RECORDS:
+                part_bits += 1
             with nogil:
-                rc = _group_all(&hashes[0], &frames[0], n, skip, &out)
+                rc = _group_slice(&hashes[0], &frames[0], n, skip, slice_bits, part_bits, which,
+                                  &out)
             if rc < 0:
                 raise MemoryError("no memory to group the pages")
         order = np.empty(out.n_order, np.int64)
@@ -78,25 +86,6 @@ cdef void _copy_out(int64_t[::1] into, const int64_t *values) noexcept:
     cdef int64_t i
     for i in range(into.shape[0]):
         into[i] = values[i]
-
-
-cdef int _group_all(const uint64_t *hashes, uint64_t *frames, int64_t n, uint64_t skip,
-                    Output *out) noexcept nogil:
-    """Slice by slice of the hash space, so that memory stays bounded."""
-    cdef int slice_bits = 0, part_bits = 0
-    cdef int64_t s, i
-    cdef int rc = 0
-    while (n >> slice_bits) > SLICE_RECORDS:
-        slice_bits += 1
-    while part_bits < PARTS_MOST_BITS and (n >> (slice_bits + part_bits)) > PART_RECORDS:
-        part_bits += 1
-    for i in range(n):
-        frames[i] &= ~DUPLICATE
-    for s in range(<int64_t>1 << slice_bits):
-        rc = _group_slice(hashes, frames, n, skip, slice_bits, part_bits, <uint64_t>s, out)
-        if rc < 0:
-            return rc
-    return 0
 
 
 cdef inline uint64_t _top(uint64_t hash, int bits) noexcept nogil:

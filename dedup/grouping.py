@@ -2,19 +2,57 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
 from dedup import _core
 from dedup.pages import Flag, Groups, Pages
 
-UNSTABLE = int(Flag.VOLATILE | Flag.GONE | Flag.NEW | Flag.UNREAD)
+if TYPE_CHECKING:
+    from dedup.pages import I64
+
+UNSTABLE: Final = int(Flag.VOLATILE | Flag.GONE | Flag.NEW | Flag.UNREAD)
 """Flags of pages whose content is not known to last: they take no part."""
 
+SLICE_PAGES: Final = 1 << 24
+"""Pages grouped at a time, at the most: 256 MiB for the records."""
+ALONE_PAGES: Final = 1 << 16
+"""So few are grouped sooner than threads start."""
 
-def group(pages: Pages) -> Groups:
+
+def group(pages: Pages, threads: int = 1) -> Groups:
     """Group the pages that keep their content; marks them `DUPLICATE` in `pages.frames`.
+
+    Parameters
+    ----------
+    pages : Pages
+    threads : int
+        That group slices of the hash space side by side.
 
     Raises
     ------
     MemoryError
     """
-    order, offsets, considered = _core.group(pages.hashes, pages.frames, UNSTABLE)
-    return Groups(order, offsets, considered)
+    n = len(pages.hashes)
+    threads = 1 if n <= ALONE_PAGES else threads
+    bits = 0
+    while (1 << bits) < threads or (n >> bits) > SLICE_PAGES:
+        bits += 1
+    pages.frames &= ~Flag.DUPLICATE
+
+    def part(which: int) -> tuple[I64, I64, int]:
+        return _core.group(pages.hashes, pages.frames, UNSTABLE, bits, which)
+
+    if bits == 0:
+        return Groups(*part(0))
+    with ThreadPoolExecutor(threads) as pool:
+        orders, ends, considered = zip(*pool.map(part, range(1 << bits)), strict=True)
+    before = np.cumsum([0, *(len(o) for o in orders)])
+    offsets = [e[1:] + b for e, b in zip(ends, before, strict=False)]
+    return Groups(
+        np.concatenate(orders),
+        np.concatenate([np.zeros(1, np.int64), *offsets]),
+        sum(considered),
+    )

@@ -169,7 +169,7 @@ def _run(source: LiveSource, plan: Plan) -> Scan:
         wait_between_looks(interval, plan.options.progress)
         pages = source.look_again()
     rules = rules_of(tunables, order_known=plan.order_known)
-    groups = grouping.group(pages)
+    groups = grouping.group(pages, source.tally.threads)
     mark_outside(pages, groups, source.sight)
     return Scan(
         kernel=platform.release(),

@@ -25,6 +25,9 @@ RMAP_ITEM_BYTES: Final = 64
 STABLE_NODE_BYTES: Final = 64
 """Slab sizes of struct ksm_rmap_item and ksm_stable_node on 64-bit kernels."""
 
+NOT_SIMPLE: Final = Flag.KSM | Flag.ZERO | Flag.OUTSIDE | Flag.HIDDEN
+"""Flags of pages for which more than their number decides."""
+
 UNSTABLE: Final = Flag.VOLATILE | Flag.NEW
 
 FIELDS: Final = (
@@ -225,16 +228,48 @@ class _Model:
         stable = present & ~unstable
         zero = (pages.frames & Flag.ZERO) != 0
         self._singles(stable & ~zero & ((pages.frames & Flag.DUPLICATE) == 0))
-        sizes = np.diff(self.groups.offsets)
-        copies = self._copies(
-            self.groups.order, np.repeat(np.arange(len(sizes)), sizes), len(sizes)
-        )
-        self._contents(copies.take(~copies.zero))
+        self._contents(self._all_but_simple())
         index = np.flatnonzero(stable & zero)
         if len(index):
             self._zero(self._copies(index, np.zeros(len(index), np.int64), 1))
         self.zero.add(sum(p.ksm_zero_pages for p in pages.processes))
         return self._result(rmap_by_process, volatile_known=volatile_known)
+
+    def _all_but_simple(self) -> _Copies:
+        """Add up the contents of exclusive pages; give the others, all-zero ones left out.
+
+        They are most of what a scan finds. Each has as many frames as mappings, so that nothing
+        but its count decides.
+        """
+        sizes, starts = np.diff(self.groups.offsets), self.groups.offsets[:-1]
+        if not len(sizes):
+            return self._copies(self.groups.order, sizes, 0)
+        word = self.pages.frames[self.groups.order]
+        some, every = np.bitwise_or.reduceat(word, starts), np.bitwise_and.reduceat(word, starts)
+        simple = ((every & Flag.EXCLUSIVE) != 0) & ((some & NOT_SIMPLE) == 0)
+        nodes, left = closed_form(sizes, self.limit)
+        huge = (some & Flag.THP) != 0
+        # In a huge page the last in the order need not be the one left over.
+        simple &= ~huge | (left == 0)
+        # Which of several processes a mapping belongs to is the others' way to find out.
+        simple &= len(self.pages.processes) == 1
+        freed = np.where(simple, sizes - nodes - left, 0)
+        self._add_nodes(nodes, sizes, left, simple)
+        self.freed.add(int(freed.sum()))
+        self.within_saved += int(freed.sum())
+        self.merging += int((sizes - left)[simple].sum())
+        if huge.any():
+            inside = word[np.repeat(simple & huge, sizes)]
+            inside = inside[(inside & Flag.THP) != 0] & FRAME_MASK
+            self.split.update(_values(inside.astype(np.int64) // self.pages.huge_pages))
+        rest = ~simple & ((every & Flag.ZERO) == 0)
+        which = np.repeat(rest, sizes)
+        number = np.cumsum(rest) - 1
+        return self._copies(
+            self.groups.order[which],
+            np.repeat(number[rest], sizes[rest]),
+            int(np.count_nonzero(rest)),
+        )
 
     # -- arrays --------------------------------------------------------------------------------
 
@@ -367,7 +402,7 @@ class _Model:
         self._add_merging(c, merged, left)
         self._add_breakdown(c, merged, freed)
         split = c.take(c.thp & merged[c.group])
-        self.split.update(np.unique(self._folio_of(split)).tolist())
+        self.split.update(_values(self._folio_of(split)))
         for g in np.flatnonzero(there & ~one_frame & ~merged).tolist():
             lo, hi = np.searchsorted(c.group, [g, g + 1])
             self._special(c.take(slice(int(lo), int(hi))))
@@ -500,15 +535,27 @@ class _Model:
         vanishing = c.thp & ~np.isin(folio, locked)
         if self.rules.use_zero_pages:
             self._to_zero_page(c, folio, vanishing)
+        elif len(self.pages.processes) == 1 and c.alone.all() and not c.thp.any():
+            self._plain_zero(len(c.index))
         elif vanishing.any():
             self._vanish(c, folio, vanishing)
         else:
             self._special(c)
 
+    def _plain_zero(self, n: int) -> None:
+        """Small, exclusive, of one process: nothing but their number decides."""
+        sizes = np.array([n])
+        nodes, left = closed_form(sizes, self.limit)
+        self._add_nodes(nodes, sizes, left, np.ones(1, bool))
+        freed = int((sizes - nodes - left)[0])
+        self.freed.add(freed)
+        self.zero_saved += freed
+        self.merging += n - int(left[0])
+
     def _to_zero_page(self, c: _Copies, folio: I64, vanishing: Bool) -> None:
         """use_zero_pages: all go to the shared zero page, but those merged before."""
         leave = ~c.ksm & ~c.maybe_ksm
-        self.split.update(folio[c.thp & leave].tolist())
+        self.split.update(_values(folio[c.thp & leave]))
         self._leave(c, vanishing & leave)
         placed = leave & ~vanishing
         self._leave(c, placed)
@@ -535,7 +582,8 @@ class _Model:
         self.gone.add(n)
         self.gone_by_process += self._count(c, which)[:, None]
         hidden = int((which & c.maybe_shared).sum())
-        frames = len(np.unique(c.frame[which]))
+        alone = c.alone
+        frames = int((which & alone).sum()) + len(np.unique(c.frame[which & ~alone]))
         self.freed.add(frames - hidden, frames)
         self.zero_saved += frames
 
@@ -546,7 +594,7 @@ class _Model:
         itself. That fails, so at the most one such page stays: in the unstable tree, alone.
         """
         rest = c.take(~vanishing)
-        holders = set(folio[vanishing].tolist())
+        holders = set(_values(folio[vanishing]))
         always_room = False
         f = None
         if len(rest.index):
@@ -601,9 +649,13 @@ class _Model:
 
     def _lonely(self, c: _Copies, folio: I64, vanishing: Bool) -> set[int]:
         """Huge pages with one zero page alone; two would split it by themselves."""
-        at = np.flatnonzero(vanishing)
-        _, where = np.unique(c.frame[at], return_index=True)
-        folios, count = np.unique(folio[at][where], return_counts=True)
+        shared = np.flatnonzero(vanishing & ~c.alone)
+        _, where = np.unique(c.frame[shared], return_index=True)
+        frames = np.concatenate((np.flatnonzero(vanishing & c.alone), shared[where]))
+        inside = folio[frames]
+        if len(inside) and int(inside.min()) >= 0:
+            return set(np.flatnonzero(np.bincount(inside) == 1).tolist())
+        folios, count = np.unique(inside, return_counts=True)
         return set(folios[count == 1].tolist())
 
     def _first(self, c: _Copies, folio: I64, vanishing: Bool, candidates: set[int]) -> set[int]:
@@ -718,6 +770,13 @@ class _Model:
                 )
             )
         return out
+
+
+def _values(numbers: I64) -> list[int]:
+    """Distinct values, by a table where that is possible: sorting takes many times as long."""
+    if len(numbers) and int(numbers.min()) >= 0:
+        return np.flatnonzero(np.bincount(numbers)).tolist()
+    return [int(n) for n in np.unique(numbers)]
 
 
 def _distinct(group: I64, frame: I64, groups: int, alone: Bool | None = None) -> I64:
