@@ -48,6 +48,11 @@ class Comparison:
                 out[name] = min(0, value - low) or max(0, value - high)
         return out
 
+    @property
+    def exact(self) -> bool:
+        """Whether every figure was predicted as one number."""
+        return None not in self.predicted.values()
+
     def holds(self, tolerance_pages: int = 0, page_size: int = 4096) -> bool:
         """Whether all figures agree within a number of pages."""
         for name, off in self.difference.items():

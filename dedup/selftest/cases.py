@@ -193,17 +193,21 @@ def _huge_cases(n: int) -> list[Case]:
 
 
 def _everything(n: int) -> Case:
-    regions: tuple[RegionSpec, ...] = (
-        _anon(("unique", 200), ("zero", 50), ("equal", 300), *_distinct("common", 60)),
-        RegionSpec("locked", (("equal", 30), ("zero", 5))),
+    forked = (
+        _anon(("unique", 200), ("equal", 60), *_distinct("common", 60)),
+        RegionSpec("locked", (("equal", 10),)),
         RegionSpec("shared", (("equal", 10),)),
     )
+    other: tuple[RegionSpec, ...] = (
+        _anon(*_distinct("common", 60), ("equal", 40), ("zero", 30)),
+        RegionSpec("locked", (("zero", 5),)),
+    )
     if n:
-        regions += (_huge(("equal", 10), ("zero", 7), ("unique", n - 17)),)
+        other += (_huge(("equal", 10), ("zero", 7), ("unique", n - 17)),)
     return Case(
         "everything at once, in two processes, one forked",
         (
-            SubjectSpec(regions, forks=((("unique", 0, 20), ("same", 200, 20)),)),
-            SubjectSpec((_anon(*_distinct("common", 60), ("equal", 100), ("zero", 3)),)),
+            SubjectSpec(forked, forks=((("unique", 0, 20), ("same", 200, 20)),)),
+            SubjectSpec(other),
         ),
     )

@@ -63,11 +63,11 @@ class CaseResult:
 
     @property
     def equal(self) -> bool:
-        """Whether every figure is as predicted."""
+        """Whether every figure is one number and as predicted."""
         every = [p.comparison for p in self.processes]
         if self.comparison is not None:
             every.append(self.comparison)
-        return not self.failure and all(c.holds() for c in every)
+        return not self.failure and all(c.holds() and c.exact for c in every)
 
 
 @dataclass(slots=True)

@@ -14,12 +14,13 @@ from .conftest import REPOSITORY, Dedup, environment
 
 
 def dedup_shell(script: str, *args: str) -> subprocess.CompletedProcess[str]:
-    """Run a shell script in which `$DEDUP` is the command."""
+    """Run a shell script in which `dedup` is the command."""
+    function = 'dedup() { "$PYTHON" -m dedup "$@"; }; '
     return subprocess.run(
-        ["bash", "-c", script, "bash", *args],
+        ["bash", "-c", function + script, "bash", *args],
         capture_output=True,
         text=True,
-        env=environment(DEDUP=f"{sys.executable} -m dedup"),
+        env=environment(PYTHON=sys.executable),
         cwd=REPOSITORY,
         timeout=60,
     )
@@ -67,7 +68,7 @@ def test_nonsense_is_a_usage_error(dedup: Dedup, args: list[str]) -> None:
 
 def test_a_reader_that_goes_away_is_no_error(target: subprocess.Popen[str]) -> None:
     done = dedup_shell(
-        "set -o pipefail; $DEDUP scan --pid $1 --passes 1 -v | head -1", str(target.pid)
+        "set -o pipefail; dedup scan --pid $1 --passes 1 -v | head -1", str(target.pid)
     )
     assert done.returncode == 0
     assert done.stdout.startswith("KSM would free")
@@ -76,20 +77,20 @@ def test_a_reader_that_goes_away_is_no_error(target: subprocess.Popen[str]) -> N
 
 @pytest.mark.parametrize("args", ["scan --pid $1 --passes 1 --json", "--help", "--version"])
 def test_a_full_disk_is_output_that_failed(target: subprocess.Popen[str], args: str) -> None:
-    done = dedup_shell(f"$DEDUP {args} > /dev/full", str(target.pid))
+    done = dedup_shell(f"dedup {args} > /dev/full", str(target.pid))
     assert done.returncode == 10
     assert "No space left on device" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_an_error_keeps_its_status_where_json_cannot_be_written() -> None:
-    done = dedup_shell("$DEDUP scan --json > /dev/full")
+    done = dedup_shell("dedup scan --json > /dev/full")
     assert done.returncode == 2
     assert "nothing chosen" in done.stderr
 
 
 def test_closed_stdout(target: subprocess.Popen[str]) -> None:
-    done = dedup_shell("$DEDUP scan --pid $1 --passes 1 >&-", str(target.pid))
+    done = dedup_shell("dedup scan --pid $1 --passes 1 >&-", str(target.pid))
     assert done.returncode == 10
     assert "Traceback" not in done.stderr
 
@@ -145,4 +146,4 @@ def test_a_defect_says_how_to_report_it(
 
 
 def test_python_m_dedup_gives_the_status_to_the_shell() -> None:
-    assert os.system(f"cd {REPOSITORY} && {sys.executable} -m dedup scan 2>/dev/null") >> 8 == 2
+    assert dedup_shell("dedup scan 2>/dev/null").returncode == 2

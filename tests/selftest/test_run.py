@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,8 +85,7 @@ def test_where_others_use_ksm_their_pages_stay_merged(target: Target) -> None:
     assert result.passed
     assert any(str(target.pid) in o for o in result.others)
     assert all(c.comparison is None and c.processes for c in result.cases)
-    merging = int(open(f"/proc/{target.pid}/ksm_merging_pages").read())  # noqa: SIM115
-    assert merging == 20
+    assert int(Path(f"/proc/{target.pid}/ksm_merging_pages").read_text()) == 20
 
 
 def test_users_out_of_sight_are_noticed(target: Target) -> None:
