@@ -29,6 +29,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -159,7 +160,7 @@ def dd(pid: int, start: int, size: int) -> float:
     return time.perf_counter() - begin
 
 
-def measure(size: int, kind: str, thread_counts: list[int], rounds: int) -> list[dict[str, object]]:
+def measure(size: int, kind: str, thread_counts: list[int], rounds: int) -> list[dict[str, Any]]:
     """All contenders over one target, interleaved."""
     target = subprocess.Popen(
         [sys.executable, "-c", TARGET, str(size), kind],
@@ -185,7 +186,7 @@ def measure(size: int, kind: str, thread_counts: list[int], rounds: int) -> list
                     rows[t].clear()
     finally:
         target.communicate()
-    out: list[dict[str, object]] = []
+    out: list[dict[str, Any]] = []
     for t, all_rounds in rows.items():
         gib = size / 2**30
         ratio = {

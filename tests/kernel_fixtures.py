@@ -35,14 +35,20 @@ class Target:
     """
 
     def __init__(self, user: int | None = None) -> None:
+        # Another user may not reach our interpreter, nor the checkout; python3 reads the program
+        # from a descriptor that we opened.
+        python = sys.executable if user is None else "/usr/bin/python3"
+        program = os.open(TARGET, os.O_RDONLY)
         self.process = subprocess.Popen(
-            [sys.executable, "-I", str(TARGET)],
+            [python, "-I", f"/dev/fd/{program}"],
+            pass_fds=[program],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             user=user,
             group=user,
             extra_groups=None if user is None else [],
         )
+        os.close(program)
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self._in: IO[bytes] = self.process.stdin
@@ -196,7 +202,7 @@ def pagemap(pid: int, start: int, pages: int) -> list[int]:
         data = os.pread(fd, pages * 8, start // PAGE * 8)
     finally:
         os.close(fd)
-    return np.frombuffer(data, np.uint64).tolist()
+    return [int(w) for w in np.frombuffer(data, np.uint64)]
 
 
 def frames(pid: int, start: int, pages: int) -> list[int]:
@@ -208,7 +214,7 @@ def kpageflags(numbers: list[int]) -> list[int]:
     """The words of /proc/kpageflags for frames."""
     fd = os.open("/proc/kpageflags", os.O_RDONLY)
     try:
-        return _core.read_words(fd, np.array(numbers, np.int64)).tolist()
+        return [int(w) for w in _core.read_words(fd, np.array(numbers, np.int64))]
     finally:
         os.close(fd)
 

@@ -311,7 +311,7 @@ def container_of(cgroup: str) -> str:
     """Id or name of the container that a cgroup path belongs to, empty where none."""
     parts = cgroup.strip("/").split("/")
     for i, part in enumerate(parts):
-        if m := _CONTAINER.fullmatch(part):
+        if (m := _CONTAINER.fullmatch(part)) and not part.endswith(".slice"):
             return m["id"]
         if part in {"docker", "lxc", "kubepods", "machine.slice"} and i + 1 < len(parts):
             last = parts[-1] if part == "kubepods" else parts[i + 1]

@@ -535,7 +535,7 @@ class _Model:
         vanishing = c.thp & ~np.isin(folio, locked)
         if self.rules.use_zero_pages:
             self._to_zero_page(c, folio, vanishing)
-        elif len(self.pages.processes) == 1 and c.alone.all() and not c.thp.any():
+        elif len(self.pages.processes) == 1 and c.alone.all() and not (c.thp | c.maybe_ksm).any():
             self._plain_zero(len(c.index))
         elif vanishing.any():
             self._vanish(c, folio, vanishing)

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from hypothesis import strategies as st
-from simulator import SHARED_ZERO, ZERO, Counts, Frame, HugePage, Ksmd, Mapping, Node
 
 from dedup import grouping
 from dedup.model.merge import Prediction, Rules, predict
 from dedup.pages import Flag, Pages, Process, ProcessId, Region
+from tests.model.simulator import SHARED_ZERO, ZERO, Counts, Frame, HugePage, Ksmd, Mapping, Node
 
 PAGE = 4096
 HUGE = 4
@@ -86,12 +86,12 @@ class Layout:
 
     # -- the two views ---------------------------------------------------------------------------
 
-    def truth(
-        self, limit: int, *, use_zero_pages: bool, order: list[int] | None = None
-    ) -> Counts:
+    def truth(self, limit: int, *, use_zero_pages: bool, order: list[int] | None = None) -> Counts:
         """What the simulator makes of it, ksmd coming by the processes in this order."""
-        mappings = copy.deepcopy([self.processes[p] for p in order or range(len(self.processes))],
-                                 {id(SHARED_ZERO): SHARED_ZERO})
+        mappings = copy.deepcopy(
+            [self.processes[p] for p in order or range(len(self.processes))],
+            {id(SHARED_ZERO): SHARED_ZERO},
+        )
         return Ksmd(
             [m for p in mappings for m in p],
             len(self.processes),
@@ -107,7 +107,8 @@ class Layout:
         mapped: dict[Frame, int] = {}
         for m in everything:
             mapped[m.frame] = mapped.get(m.frame, 0) + 1
-        hashes, words = [], []
+        hashes: list[int] = []
+        words: list[np.uint64] = []
         runs: list[tuple[int, int, int, int]] = []  # process, address, count, first
         chunks = self._runs()
         np.random.default_rng(seed).shuffle(chunks)
@@ -232,9 +233,7 @@ def layouts(
             case "volatile":
                 layout.page(p, draw(contents.filter(bool)), volatile=True)
             case "huge":
-                layout.huge(
-                    p, draw(st.lists(contents, max_size=HUGE)), locked=draw(st.booleans())
-                )
+                layout.huge(p, draw(st.lists(contents, max_size=HUGE)), locked=draw(st.booleans()))
             case "ksm":
                 every = st.integers(0, len(layout.processes) - 1)
                 layout.ksm(draw(contents), draw(st.lists(every, min_size=1, max_size=5)))

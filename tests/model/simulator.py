@@ -217,7 +217,12 @@ class Ksmd:
     # -- merging ---------------------------------------------------------------------------------
 
     def merge_one(
-        self, m: Mapping, onto: Frame | None, page: Frame | None = None, *, held: Frame | None = None
+        self,
+        m: Mapping,
+        onto: Frame | None,
+        page: Frame | None = None,
+        *,
+        held: Frame | None = None,
     ) -> bool:
         """try_to_merge_one_page(): map `m` to the frame `onto`; None makes its own a KSM page.
 

@@ -1,0 +1,59 @@
+"""/sys/kernel/mm/ksm: parsing, absence, and the kernel's refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dedup.errors import Unsupported
+from dedup.kernel import ksm as interface
+from dedup.kernel.ksm import Ksm
+from tests.kernel_fixtures import KsmControl, Target
+
+
+def test_a_kernel_without_ksm(tmp_path: Path) -> None:
+    ksm = Ksm(tmp_path / "ksm")
+    assert not ksm.present
+    for read in (ksm.counters, ksm.tunables, ksm.require):
+        with pytest.raises(Unsupported, match="no KSM"):
+            read()
+    with pytest.raises(Unsupported, match="no tunable"):
+        ksm.write("run", 1)
+
+
+def test_an_old_kernel(tmp_path: Path) -> None:
+    """Files that it lacks are left out, or 0."""
+    for name, value in {"run": "0", "pages_to_scan": "100", "pages_shared": "5"}.items():
+        (tmp_path / name).write_text(value + "\n")
+    ksm = Ksm(tmp_path)
+    assert ksm.tunables() == {"run": 0, "pages_to_scan": 100}
+    counters = ksm.counters()
+    assert (counters.pages_shared, counters.ksm_zero_pages) == (5, 0)
+
+
+def test_the_advisors_word(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("0\n")
+    (tmp_path / "advisor_mode").write_text("none [scan-time]\n")
+    assert Ksm(tmp_path).tunables()["advisor_mode"] == "scan-time"
+
+
+@pytest.mark.ksm
+@pytest.mark.root
+def test_what_the_kernel_refuses(ksm: KsmControl, target: Target) -> None:
+    with pytest.raises(Unsupported, match="refuses run=3"):
+        ksm.ksm.write("run", 3)
+    with pytest.raises(Unsupported, match="refuses max_page_sharing=1"):
+        ksm.ksm.write("max_page_sharing", 1)
+    target.do("map", name="a", pages=4)
+    target.do("fill", name="a", at=0, count=4, what="x")
+    target.do("advise", name="a", what="mergeable")
+    ksm.converge()
+    with pytest.raises(Unsupported, match="while pages are merged"):
+        ksm.ksm.write("max_page_sharing", 100)
+    assert interface.users()[target.pid]
+
+
+def test_ksmd_cpu() -> None:
+    seconds = interface.ksmd_cpu_seconds()
+    assert seconds is None or seconds >= 0

@@ -1,0 +1,145 @@
+"""The closed form against the literal simulator of ksmd's scan, over random layouts."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dedup.model.merge import PROCESS_FIELDS, Prediction, Rules
+from tests.model.layouts import Layout, layouts, prediction
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.model.simulator import Counts
+
+FIELDS = (
+    "pages_shared",
+    "pages_sharing",
+    "pages_unshared",
+    "pages_volatile",
+    "ksm_zero_pages",
+    "stable_node_chains",
+    "stable_node_dups",
+    "general_profit",
+    "frames_freed",
+    "thp_split",
+)
+
+LIMITS = st.integers(2, 5) | st.integers(2, 20)
+
+
+def figures(truth: Counts, found: Prediction) -> Iterator[tuple[str, int, Any, Any]]:
+    """Name, the truth, the prediction, its bounds; of the whole and of each process."""
+    for name in FIELDS:
+        yield name, getattr(truth, name), getattr(found, name), found.bounds.get(name)
+    for i, (t, p) in enumerate(zip(truth.processes, found.processes, strict=True)):
+        for name in PROCESS_FIELDS:
+            yield f"{name} of {i}", getattr(t, name), getattr(p, name), p.bounds.get(name)
+
+
+def check(truth: Counts, found: Prediction, *, exact: bool) -> None:
+    """A number equals the truth, a range holds it; exact: there are no ranges."""
+    for name, true, value, bounds in figures(truth, found):
+        if value is not None:
+            assert value == true, name
+            continue
+        assert not exact, name
+        assert bounds is not None, name
+        assert bounds[0] <= true <= bounds[1], (name, true, bounds)
+
+
+COMMON = settings(
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+
+@COMMON
+@given(layouts(huge=False, ksm=False), LIMITS, st.booleans())
+def test_small_pages_in_a_known_order_are_exact(
+    layout: Layout, limit: int, use_zero_pages: bool
+) -> None:
+    truth = layout.truth(limit, use_zero_pages=use_zero_pages)
+    rules = Rules(limit, use_zero_pages, order_known=True)
+    check(truth, prediction(layout, rules, seed=limit), exact=True)
+
+
+@COMMON
+@given(layouts(huge=False), LIMITS, st.booleans())
+def test_pages_merged_before_in_a_known_order_are_exact(
+    layout: Layout, limit: int, use_zero_pages: bool
+) -> None:
+    truth = layout.truth(limit, use_zero_pages=use_zero_pages)
+    rules = Rules(limit, use_zero_pages, order_known=True)
+    check(truth, prediction(layout, rules, seed=limit), exact=True)
+
+
+@COMMON
+@given(layouts(), LIMITS, st.booleans(), st.randoms(use_true_random=False))
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("order_known", [False, True])
+def test_the_truth_is_never_outside(
+    hidden: bool, order_known: bool, layout: Layout, limit: int, use_zero_pages: bool,
+    chance: random.Random,
+) -> None:  # fmt: skip
+    """With huge pages, in any order, with frame numbers hidden: equal, or within the bounds."""
+    order = list(range(len(layout.processes)))
+    if not order_known:
+        chance.shuffle(order)
+    truth = layout.truth(limit, use_zero_pages=use_zero_pages, order=order)
+    rules = Rules(limit, use_zero_pages, order_known=order_known)
+    check(truth, prediction(layout, rules, hidden=hidden, seed=limit), exact=False)
+
+
+def test_257_pages_over_three_processes() -> None:
+    """The leftover is the last process's where the order is known, any one's where not."""
+    layout = Layout()
+    for n in (100, 100, 57):
+        p = layout.process()
+        for _ in range(n):
+            layout.page(p, 7)
+    known = prediction(layout, Rules(256, order_known=True))
+    assert [p.ksm_merging_pages for p in known.processes] == [100, 100, 56]
+    unknown = prediction(layout, Rules(256))
+    assert (unknown.pages_sharing, unknown.pages_unshared) == (255, 1)
+    assert [p.ksm_merging_pages for p in unknown.processes] == [None, None, None]
+    assert [p.bounds["ksm_merging_pages"] for p in unknown.processes] == [
+        (99, 100), (99, 100), (56, 57),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("n", "shared", "sharing", "unshared", "chains", "dups"),
+    [
+        (1, 0, 0, 1, 0, 0), (2, 1, 1, 0, 0, 0), (3, 1, 2, 0, 0, 0), (255, 1, 254, 0, 0, 0),
+        (256, 1, 255, 0, 0, 0), (257, 1, 255, 1, 0, 0), (258, 2, 256, 0, 1, 2),
+        (512, 2, 510, 0, 1, 2), (513, 2, 510, 1, 1, 2), (1000, 4, 996, 0, 1, 4),
+    ],
+)  # fmt: skip
+def test_sizes_around_max_page_sharing(
+    n: int, shared: int, sharing: int, unshared: int, chains: int, dups: int
+) -> None:
+    """As counted on Linux 6.18."""
+    layout = Layout()
+    p = layout.process()
+    for _ in range(n):
+        layout.page(p, 7)
+    found = prediction(layout, Rules(256))
+    assert found.pages_shared == shared
+    assert found.pages_sharing == sharing
+    assert found.pages_unshared == unshared
+    assert (found.stable_node_chains, found.stable_node_dups) == (chains, dups)
+    assert found.general_profit == sharing * 4096 - n * 64
+    assert found.frames_freed == sharing
+
+
+def test_no_pages_at_all() -> None:
+    layout = Layout()
+    layout.process()
+    found = prediction(layout, Rules())
+    assert not any(getattr(found, name) for name in FIELDS)
