@@ -127,6 +127,7 @@ def lay_out(chance: random.Random, stack: ExitStack) -> Twin:
 
 def compare(ksm: KsmControl, twin: Twin, limit: int, *, use_zero_pages: bool) -> dict[str, object]:
     """What differs between ksmd and the simulator: name, (counted, simulated)."""
+    ksm.alone()
     before = twin.frames()
     for p in range(len(twin.pids)):
         twin.do(p, "advise", what="mergeable")
