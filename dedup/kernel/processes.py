@@ -302,22 +302,31 @@ def _in_cgroup(path: str, wanted: str) -> bool:
 
 
 _CONTAINER = re.compile(
-    r"(?:docker|libpod|crio|cri-containerd|containerd|lxc\.payload|lxc|machine)[-./](?P<id>.+?)"
-    r"(?:\.scope|\.service)?"
+    r"(?:docker|libpod|crio|cri-containerd|containerd)-(?P<scope>[0-9a-f]{12,64})(?:\.scope)?"
+    r"|(?:.*:)?(?:crio|cri-containerd):(?P<cri>[0-9a-f]{12,64})"
+    r"|(?P<bare>[0-9a-f]{64})"
+    r"|lxc\.payload\.(?P<lxc>.+)"
+    r"|machine-(?P<machine>.+)\.scope"
+    r"|systemd-nspawn@(?P<nspawn>.+)\.service"
 )
+"""A part of a cgroup path that names a container: by its id, or by a name that people gave."""
 
 
 def container_of(cgroup: str) -> str:
     """Id or name of the container that a cgroup path belongs to, empty where none."""
     parts = cgroup.strip("/").split("/")
-    for i, part in enumerate(parts):
-        if (m := _CONTAINER.fullmatch(part)) and not part.endswith(".slice"):
-            return m["id"]
-        if part in {"docker", "lxc", "kubepods", "machine.slice"} and i + 1 < len(parts):
-            last = parts[-1] if part == "kubepods" else parts[i + 1]
-            if m := _CONTAINER.fullmatch(last):
-                return m["id"]
-            return last.removesuffix(".scope").removesuffix(".service")
+    for part, following in zip(parts, [*parts[1:], ""], strict=True):
+        if m := _CONTAINER.fullmatch(part):
+            name = m[m.lastgroup or 0]
+            # Names of units have their dashes escaped.
+            return name.replace("\\x2d", "-") if m.lastgroup in {"machine", "nspawn"} else name
+        if part in {"lxc", "lxc.payload"} and following:
+            return following
+        if part == "machine.slice" and not _CONTAINER.fullmatch(following):
+            unit, _, kind = following.rpartition(".")
+            # Podman's monitor is none of the container.
+            if kind in {"scope", "service"} and not unit.startswith("libpod-conmon-"):
+                return unit
     return ""
 
 

@@ -49,6 +49,8 @@ class Case:
     use_zero_pages: bool = False
     writes: tuple[Write, ...] = ()
     note: str = ""
+    only_alone: bool = False
+    """A zero page without a partner here finds one where others' zero pages are merged."""
 
 
 def _anon(*pages: Content) -> RegionSpec:
@@ -188,6 +190,7 @@ def _huge_cases(n: int) -> list[Case]:
         Case(
             "a huge page with one zero page, and a plain one",
             _one(_huge(("zero", 1), ("unique", n - 1)), _anon(("zero", 1))),
+            only_alone=True,
         ),
     ]
 

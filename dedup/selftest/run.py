@@ -222,6 +222,9 @@ class Runner:
 
     def run(self, case: Case) -> list[CaseResult]:
         """One case: a result for it and for each later step."""
+        if case.only_alone and not self.alone:
+            why = "others' zero pages would merge with the one here"
+            return [CaseResult(case.name, None, [], skipped=why)]
         for attempt in range(1, WRITER_TRIES + 1):
             results, proven = self._once(case)
             if proven:

@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dedup.errors import DedupError, Unsupported
 from dedup.kernel import maps
@@ -62,3 +64,52 @@ def test_text_without_flags_is_said() -> None:
     with pytest.raises(Unsupported, match="VmFlags"):
         maps.parse(b"00400000-00401000 r--p 00000000 00:00 0\nSize: 4 kB\n")
     assert maps.parse(b"") == []
+
+
+FLAGS = st.frozensets(st.sampled_from(["rd", "wr", "mg", "sh", "lo", "??"]))
+SIZES = st.integers(0, 2**40).map(lambda n: n // 1024 * 1024)
+HEADS = ("Size:", "VmFlags:", "Anonymous:     4 kB", "7f00-7f01 rw-p 0 0:0 0", "[heap]", "\xff")
+FILE_NAMES = st.text(st.characters(exclude_characters="\n", exclude_categories=["Cs"])) | st.lists(
+    st.sampled_from(HEADS)
+).map(" ".join)
+
+
+@st.composite
+def mappings(draw: st.DrawFn) -> maps.Mapping:
+    start = draw(st.integers(0, 2**47)) // 4096 * 4096
+    return maps.Mapping(
+        start=start,
+        end=start + draw(st.integers(1, 2**20)) * 4096,
+        perms=draw(st.sampled_from(["rw-p", "r--s", "---p"])),
+        # The kernel pads before a name; what follows its first letter is the name's own.
+        name=draw(FILE_NAMES).lstrip(" "),
+        vm_flags=draw(FLAGS),
+        anonymous_bytes=draw(SIZES),
+        anon_huge_bytes=draw(SIZES),
+        swap_bytes=draw(SIZES),
+        ksm_bytes=draw(SIZES | st.none()),
+    )
+
+
+def smaps_of(m: maps.Mapping) -> str:
+    """As fs/proc/task_mmu.c prints it, with fields that we don't read between."""
+    lines = [
+        f"{m.start:08x}-{m.end:08x} {m.perms} 00000000 00:00 0".ljust(73) + m.name,
+        f"Size:           {(m.end - m.start) // 1024:8} kB",
+        f"Anonymous:      {m.anonymous_bytes // 1024:8} kB",
+        *([] if m.ksm_bytes is None else [f"KSM:            {m.ksm_bytes // 1024:8} kB"]),
+        f"LazyFree:       {123:8} kB",
+        f"AnonHugePages:  {m.anon_huge_bytes // 1024:8} kB",
+        f"ShmemPmdMapped: {456:8} kB",
+        f"Swap:           {m.swap_bytes // 1024:8} kB",
+        f"SwapPss:        {789:8} kB",
+        "THPeligible:           0",
+        "VmFlags: " + " ".join(sorted(m.vm_flags)) + " ",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+@given(st.lists(mappings(), max_size=12))
+def test_what_is_printed_is_read(wanted: list[maps.Mapping]) -> None:
+    text = "".join(map(smaps_of, wanted)).encode()
+    assert maps.parse(text) == wanted

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import pytest
 from dedup.errors import NoMemory, NoSuchProcess, ProcessGone
 from dedup.kernel import processes
 from dedup.kernel.processes import Choice, Handle, choose, container_of
+from dedup.sources.live import LiveSource, Options
+from tests.kernel_fixtures import Target
 
 ID = "3f4e1d2c3b4a59687766554433221100ffeeddccbbaa99887766554433221100"
 
@@ -38,6 +41,29 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
         ("/lxc.payload.web1", "web1"),
         ("/lxc/web1", "web1"),
         ("/machine.slice/machine-web1.scope", "web1"),
+        ("/machine.slice/machine-web1.scope/payload", "web1"),
+        ("/machine.slice/machine-qemu\\x2d1\\x2dvm.scope", "qemu-1-vm"),
+        ("/machine.slice/systemd-nspawn@web1.service/payload", "web1"),
+        ("/machine.slice/web1.scope", "web1"),
+        ("/lxc.payload/web1/init.scope", "web1"),
+        (f"/docker/{ID}/init.scope", ID),
+        (f"/ecs/task-1/{ID}", ID),
+        (f"/system.slice/containerd.service/kubepods-pod1.slice:cri-containerd:{ID}", ID),
+        (
+            f"/user.slice/user-1000.slice/user@1000.service/user.slice/libpod-{ID}.scope/container",
+            ID,
+        ),
+        # Those that look like it: the services themselves, and what watches a container.
+        ("/system.slice/docker.service", ""),
+        ("/system.slice/docker.socket", ""),
+        ("/system.slice/containerd.service", ""),
+        ("/system.slice/docker-cleanup.service", ""),
+        ("/system.slice/machine-setup.service", ""),
+        (f"/machine.slice/libpod-conmon-{ID}.scope", ""),
+        ("/lxc.monitor.web1", ""),
+        ("/machine.slice", ""),
+        ("/docker", ""),
+        ("/kubepods/besteffort/pod12", ""),
     ],
 )
 def test_container_of(cgroup: str, container: str) -> None:
@@ -81,6 +107,37 @@ def test_a_handle_stays_with_its_process(sleeper: subprocess.Popen[bytes]) -> No
         with pytest.raises(ProcessGone):
             handle.read("stat")
         assert handle.id.start_time > 0
+
+
+def test_a_pid_used_again_is_refused(target: Target) -> None:
+    """The second look finds another process under the pid of the first."""
+    source = LiveSource([target.pid], Options())
+    pages = source.first_look()
+    (known,) = pages.processes
+    other = replace(known.id, start_time=known.id.start_time - 1)
+    pages.processes[0] = replace(known, id=other)
+    with pytest.raises(ProcessGone, match="another one's"):
+        source.look_again()
+
+
+@pytest.mark.parametrize("name", [b"a) R 1 (b", b"two\nlines", b"((((", b")", b"\xff\x1b[31m", b""])
+def test_any_name_can_be_read(name: bytes) -> None:
+    code = (
+        "import ctypes, sys\n"
+        f"ctypes.CDLL(None).prctl(15, {name!r}, 0, 0, 0)\n"
+        "print('ready', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with Handle(process.pid) as handle:
+            assert handle.info.ppid == os.getpid()
+            assert handle.info.name.encode(errors="surrogateescape") == name
+            assert handle.alive()
+        process.communicate(b"")
 
 
 def test_zombie(sleeper: subprocess.Popen[bytes]) -> None:

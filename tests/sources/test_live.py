@@ -92,7 +92,8 @@ def test_the_arrays_grow_where_a_target_does(target: Target) -> None:
     zero = pages.frames[pages.present & ((pages.frames & Flag.NEW) != 0)]
     assert len(zero) >= 200_000
     hashes, counts = np.unique(pages.hashes[pages.present], return_counts=True)
-    assert counts.max() == 200_000
+    # The target may hold one or two more of it, where it made the page.
+    assert 200_000 <= counts.max() <= 200_002
     assert len(hashes) < 10_000
 
 
