@@ -38,6 +38,15 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'dedup' has no attribute {name!r}")
 
 
+def _is_count(value: object, least: int) -> bool:
+    from operator import index
+
+    try:
+        return index(value) >= least  # type: ignore[arg-type]
+    except TypeError:
+        return False
+
+
 def scan(
     pids: Sequence[int] = (),
     *,
@@ -81,6 +90,20 @@ def scan(
         `NoSuchProcess`, `NoMemory`, `NotPermitted`, `NotMergeable`, `Usage`.
     """
     from dedup.errors import Usage
+
+    for name, good in {
+        "scope": scope in {"compatible", "advised"},
+        "passes": _is_count(passes, 1),
+        "threads": threads is None or _is_count(threads, 1),
+        "seed": seed is None or (_is_count(seed, 0) and seed < 1 << 64),
+        "interval_seconds": interval_seconds is None or 0 <= interval_seconds < float("inf"),
+        "full_scan_seconds": full_scan_seconds is None or 0 < full_scan_seconds < float("inf"),
+        "pids": not isinstance(pids, int | str) and all(_is_count(p, 1) for p in pids),
+    }.items():
+        if not good:
+            raise Usage(
+                f"dedup.scan: {name} has a value that means nothing", "see help(dedup.scan)"
+            )
     from dedup.scanning import Plan, scan_pids, scan_spans
     from dedup.sources.live import Options
 
@@ -98,4 +121,4 @@ def scan(
         return scan_spans([piece_of(a).span for a in arrays], plan)
     if not len(pids):
         raise Usage("nothing chosen to scan", "name pids or arrays: `dedup.scan(pids=[1234])`")
-    return scan_pids(list(pids), plan)
+    return scan_pids([int(p) for p in pids], plan)

@@ -87,6 +87,12 @@ cdef extern from "<sys/uio.h>" nogil:
 cdef extern from "<unistd.h>" nogil:
     ssize_t pread(int fd, void *buf, size_t count, int64_t offset)
 
+cdef extern from "<sys/syscall.h>" nogil:
+    long SYS_kcmp
+
+cdef extern from "<unistd.h>" nogil:
+    long syscall(long number, ...)
+
 cdef extern from "<stdlib.h>" nogil:
     void *aligned_alloc(size_t alignment, size_t size)
 

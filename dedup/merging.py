@@ -12,7 +12,7 @@ import numpy as np
 
 from dedup.change import verify, wait
 from dedup.change.tunables import Tunables
-from dedup.errors import KsmNotRunning, NotMergeable, NotPermitted
+from dedup.errors import Busy, KsmNotRunning, NotMergeable, NotPermitted
 from dedup.kernel import advise, maps, pagemap
 from dedup.kernel import ksm as ksm_interface
 from dedup.kernel.ksm import RUN_MERGE, Ksm
@@ -60,7 +60,13 @@ def piece_of(array: Any) -> Piece:
             )
         start, length = array.__array_interface__["data"][0], array.nbytes
     else:
-        flat = np.frombuffer(array, np.uint8)
+        try:
+            flat = np.frombuffer(array, np.uint8)
+        except (TypeError, ValueError, BufferError) as e:
+            raise NotMergeable(
+                f"a {type(array).__name__} is no array or buffer in one piece ({e})",
+                "give NumPy arrays, or buffers such as mmap and bytearray",
+            ) from e
         start, length = flat.__array_interface__["data"][0], flat.nbytes
     first = -(-start // size) * size
     last = (start + length) // size * size
@@ -102,10 +108,16 @@ class Merge:
         self._advised: list[Span] = []
         self.left_out_bytes = sum(p.left_out_bytes for p in self._pieces)
         self.scan: Scan
-        self.comparison: verify.Comparison
-        self._before: ProcessCounters
+        self._comparison: verify.Comparison | None = None
         self.full_scans = 0
         self.seconds = 0.0
+
+    @property
+    def comparison(self) -> verify.Comparison:
+        """Comparison: predicted and actual figures, once the block is entered."""
+        if self._comparison is None:
+            raise RuntimeError("nothing is merged before `with dedup.merge(...) as merged:`")
+        return self._comparison
 
     @property
     def predicted(self) -> dict[str, int | None]:
@@ -129,7 +141,13 @@ class Merge:
         with Handle(os.getpid()) as handle:
             mappings = maps.read(handle)
             before = _own(handle)
-        self._before = before
+        if before.ksm_mergeable or before.ksm_merge_any:
+            raise NotMergeable(
+                "this process has mergeable memory already, whose pages its counters would count "
+                "among the arrays'",
+                "merge all arrays at once: `dedup.merge(a, b)`; under `dedup run` all memory is "
+                "mergeable without it",
+            )
         fresh = [s for piece in spans for s in _mergeable_parts(piece, mappings)]
         with ExitStack() as stack:
             self._ready_ksmd(ksm, stack)
@@ -145,14 +163,18 @@ class Merge:
             self.full_scans, self.seconds = done.full_scans, done.seconds
         after = _own()
         prediction = self.scan.prediction.processes[0]
-        already = before.ksm_zero_pages
-        self.comparison = verify.Comparison(
+        self._comparison = verify.Comparison(
             {
                 "ksm_rmap_items": prediction.ksm_rmap_items,
-                "ksm_zero_pages": (prediction.ksm_zero_pages or 0) - already,
+                "ksm_zero_pages": (prediction.ksm_zero_pages or 0) - before.ksm_zero_pages,
                 "ksm_merging_pages": prediction.ksm_merging_pages,
             },
-            {n: getattr(after, n) - getattr(before, n) for n in FIGURES},
+            # Nothing else of this process is mergeable; what an earlier merge left is stale.
+            {
+                "ksm_rmap_items": after.ksm_rmap_items,
+                "ksm_zero_pages": after.ksm_zero_pages - before.ksm_zero_pages,
+                "ksm_merging_pages": after.ksm_merging_pages,
+            },
             prediction.bounds,
         )
         return self
@@ -168,10 +190,14 @@ class Merge:
         ksm = Ksm()
         if not ksm.writable() or ksm.tunables().get("run") == RUN_MERGE:
             return
-        with Tunables(ksm) as tunables:
+        with ExitStack() as stack:
+            try:
+                tunables = stack.enter_context(Tunables(ksm))
+            except Busy:
+                return  # another run of ours has ksmd at work: that one drops it
             _run_quickly(ksm, tunables)
             end = time.monotonic() + self._wait_seconds
-            while _own().ksm_rmap_items > self._before.ksm_rmap_items and time.monotonic() < end:
+            while _own().ksm_rmap_items and time.monotonic() < end:
                 time.sleep(wait.POLL_SECONDS)
 
     def _unmerge(self) -> None:
@@ -219,7 +245,8 @@ def merge(*arrays: Any, wait_seconds: float = 60.0) -> Merge:
     Raises
     ------
     NotMergeable
-        Shared memory, no whole page, not in one piece.
+        Shared memory, no whole page, not in one piece; on entering: the process has other
+        mergeable memory, whose pages can't be told apart.
     KsmNotRunning
         On entering: ksmd rests and we may not start it.
     CheckFailed

@@ -125,6 +125,20 @@ def madvise(uint64_t start, uint64_t length, int advice):
         raise _os_error(failure, "madvise")
 
 
+def kcmp_vm(int pid, int other):
+    """kcmp(KCMP_VM): 0 when both have one address space, 1 or 2 for an order of those that differ.
+
+    Raises
+    ------
+    OSError
+        EPERM, ESRCH; ENOSYS where the kernel has no such call.
+    """
+    cdef long rc = syscall(SYS_kcmp, pid, other, 1, 0, 0)
+    if rc < 0:
+        raise _os_error(errno, "kcmp")
+    return rc
+
+
 def prctl_memory_merge(int on):
     """PR_SET_MEMORY_MERGE for the calling process.
 

@@ -55,6 +55,7 @@ class Target:
         self._out: IO[bytes] = self.process.stdout
         self.pid = self.process.pid
         assert self.answer() == "ready"
+        self.wait_until_idle()
 
     def __enter__(self) -> Self:
         return self
@@ -98,7 +99,15 @@ class Target:
     def do(self, verb: str, child: tuple[int, ...] = (), **words: Any) -> Any:
         """Give a command and wait until it is done."""
         self.send(verb, child, **words)
-        return self.answer()
+        answer = self.answer()
+        self.wait_until_idle()
+        return answer
+
+    def wait_until_idle(self) -> None:
+        """Wait until it waits for the next command: what it does by itself is over then."""
+        stat = Path(f"/proc/{self.pid}/stat")
+        while stat.read_text().rpartition(")")[2].split()[0] in {"R", "D"}:
+            time.sleep(0.0005)
 
     def stop(self) -> Any:
         """End a command that goes on until a line comes in; gives its answer."""

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import dedup
-from dedup.errors import KsmNotRunning, NotMergeable
+from dedup.errors import KsmNotRunning, NotMergeable, Usage
 from dedup.kernel import maps
 from dedup.kernel.ksm import Ksm
 from dedup.kernel.processes import Handle
@@ -152,3 +152,47 @@ def test_scan_wants_one_of_pids_and_arrays() -> None:
         dedup.scan()
     with pytest.raises(dedup.DedupError, match="together"):
         dedup.scan([1], arrays=[np.zeros(PAGE)])
+
+
+def test_arguments_without_sense_are_refused() -> None:
+    import os
+
+    me = os.getpid()
+    for words in (
+        {"threads": -1}, {"scope": "x"}, {"seed": -1}, {"seed": 2**64}, {"passes": 1.5},
+        {"interval_seconds": float("nan")}, {"interval_seconds": -1}, {"full_scan_seconds": 0},
+    ):  # fmt: skip
+        with pytest.raises(Usage):
+            dedup.scan([me], **words)
+    for pids in (me, "self", ["self"], [0]):
+        with pytest.raises(Usage):
+            dedup.scan(pids)  # type: ignore[arg-type]
+    for thing in (memoryview(b"x" * 99999)[::2], [1, 2], None):
+        with pytest.raises(NotMergeable, match="no array"):
+            dedup.merge(thing)
+
+
+@pytest.mark.ksm
+@pytest.mark.root
+def test_inside_another_merge_it_is_refused() -> None:
+    table, copy = pair(20)
+    other, another = pair(20)
+    with dedup.merge(table, copy), pytest.raises(NotMergeable, match="already"):
+        dedup.merge(other, another).__enter__()
+
+
+@pytest.mark.ksm
+@pytest.mark.root
+def test_leaving_while_another_run_holds_the_lock() -> None:
+    from dedup.kernel.lock import HostLock
+
+    table, copy = pair(20)
+    lock = HostLock()
+    with dedup.merge(table, copy):
+        lock.acquire()
+    lock.release()
+    assert own_ksm_bytes() == 0
+    # What it could not have ksmd drop is dropped by the next one.
+    with dedup.merge(table, copy) as merged:
+        assert not any(merged.difference.values())
+    assert Ksm().counters().rmap_items == 0

@@ -95,7 +95,7 @@ class Journal:
         NotPermitted, OutputFailed
         """
         try:
-            lines = self.path.read_text().splitlines()
+            lines = self.path.read_bytes().decode(errors="replace").splitlines()
         except FileNotFoundError:
             return []
         except PermissionError as e:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 TUNERS: Final = ("ksmtuned", "uksmd")
 """Daemons that turn KSM's knobs."""
 
+SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""None of these may interrupt the putting back."""
+
 NR_HUGEPAGES: Final = "/proc/sys/vm/nr_hugepages"
 
 
@@ -27,7 +30,7 @@ def others_at_the_knobs(proc: Path = Path("/proc"), root: Path = ROOT) -> list[s
     found = []
     for pid in processes.pids(proc):
         try:
-            name = (proc / str(pid) / "comm").read_text().strip()
+            name = (proc / str(pid) / "comm").read_bytes().decode(errors="replace").strip()
         except OSError:
             continue  # ended meanwhile
         if name in TUNERS:
@@ -112,7 +115,7 @@ class Tunables:
         self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
     ) -> None:
         # A second Ctrl-C must not stop us half-way.
-        held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             self.restored = self._journal.restore(read_setting, write_setting)
             if kind is None:

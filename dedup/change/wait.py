@@ -122,7 +122,7 @@ def _require_running(
 ) -> None:
     if time.monotonic() - begin > timeout_seconds:
         raise CheckFailed(
-            f"ksmd has not converged in {timeout_seconds:.0f} s "
+            f"ksmd has not converged in {timeout_seconds:g} s "
             f"({now.full_scans - first} full scans)",
             "give it more time, or more pages a batch: "
             "`echo 5000 > /sys/kernel/mm/ksm/pages_to_scan`",

@@ -6,7 +6,7 @@ import errno
 import os
 import signal
 import traceback
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Final
 
 import click
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 DEFECT: Final = 70
 RUN_FAILED: Final = 125
 """Status of `dedup run` for failures of its own, as `env` and `timeout` have it."""
+
+ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that end a command."""
 
 OUTPUT_ERRNOS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
@@ -103,12 +106,26 @@ def _defect(e: Exception, argv: list[str]) -> int:
 
 
 def _catch_signals() -> None:
-    """SIGTERM and SIGHUP unwind like Ctrl-C, so that what was changed is put back."""
+    """The first of SIGINT, SIGTERM and SIGHUP unwinds, so that what was changed is put back.
 
-    def interrupt(number: int, _frame: FrameType | None) -> NoReturn:
-        raise Interrupted(f"ended by {signal.Signals(number).name}", number)
+    Those that follow must not stop that half-way: putting back takes milliseconds.
+    """
+    ending = False
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        nonlocal ending
+        if ending:
+            return
+        ending = True
+        for other in ENDING:
+            # Python would give it its deadly default back on its way out.
+            signal.signal(other, signal.SIG_IGN)
+        raise Interrupted(
+            "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}",
+            number,
+        )
+
+    for number in ENDING:
         # What nohup made ignored stays so.
-        if signal.getsignal(number) == signal.SIG_DFL:
+        if signal.getsignal(number) in {signal.SIG_DFL, signal.default_int_handler}:
             signal.signal(number, interrupt)

@@ -53,6 +53,9 @@ def chooses_processes(f: Callback) -> Callback:
     def call(*args: Any, **kwargs: Any) -> Any:
         from dedup.kernel.processes import Choice
 
+        for field in ("names", "users", "cgroups", "containers"):
+            if "" in kwargs[field]:
+                raise click.UsageError(f"--{field[:-1]} is empty (an unset variable?)")
         parts = {
             field: kwargs.pop(field)
             for field in ("pids", "names", "users", "cgroups", "containers", "trees", "all")

@@ -225,7 +225,7 @@ def ksmd_cpu_seconds(proc: Path = Path("/proc")) -> float | None:
     pid = find_kernel_thread("ksmd", proc)
     if pid is None:
         return None
-    stat = (proc / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    stat = (proc / str(pid) / "stat").read_bytes().rpartition(b")")[2].split()
     return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
 
 

@@ -81,9 +81,16 @@ class HostLock:
                 f"another dedup (pid {holder or 'unknown'}) is changing KSM on this host",
                 "wait until it is done, or stop it: it puts everything back",
             ) from e
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
         self._fd = fd
+        try:
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        except OSError as e:
+            self.release()
+            raise OutputFailed(
+                f"writing {self.path} failed: {e.strerror}; nothing was changed",
+                "make room there, then run it again",
+            ) from e
 
     def release(self) -> None:
         """Let go; may be called twice."""

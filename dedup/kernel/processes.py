@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
+from dedup import _core
 from dedup.errors import NoMemory, NoSuchProcess, NotPermitted, OutputFailed, ProcessGone
 from dedup.pages import ProcessId
 
@@ -40,6 +41,10 @@ class Info:
     """Page faults of children that it waited for: more than 0 when it has forked before."""
     anonymous_bytes: int
     cgroup: str
+    tgid: int
+    """The process, where the pid is that of a thread."""
+    program: tuple[bytes, ...]
+    """Where code and arguments lie: another place after an exec. Zeros where hidden from us."""
 
     @property
     def user(self) -> str:
@@ -180,6 +185,7 @@ def _parse(pid: int, stat: bytes, status: bytes, cgroup: bytes) -> Info:
     head, _, tail = stat.rpartition(b")")
     f = tail.split()
     uid = re.search(rb"^Uid:\s+(\d+)", status, re.MULTILINE)
+    tgid = re.search(rb"^Tgid:\s+(\d+)", status, re.MULTILINE)
     anonymous = re.search(rb"^RssAnon:\s+(\d+)", status, re.MULTILINE)
     return Info(
         id=ProcessId(pid, int(f[19])),
@@ -191,6 +197,9 @@ def _parse(pid: int, stat: bytes, status: bytes, cgroup: bytes) -> Info:
         reaped_faults=int(f[8]) + int(f[10]),
         anonymous_bytes=int(anonymous[1]) * 1024 if anonymous else 0,
         cgroup=_cgroup_path(cgroup.decode(errors="surrogateescape")),
+        tgid=int(tgid[1]) if tgid else pid,
+        # start_code, start_stack, arg_start (proc_pid_stat(5)).
+        program=(f[23], f[25], f[45]) if len(f) > 45 else (),
     )
 
 
@@ -205,6 +214,47 @@ def _cgroup_path(text: str) -> str:
         if path not in {"", "/"} and not fallback:
             fallback = path
     return fallback or "/"
+
+
+def of_process(pid: int, proc: Path = PROC) -> Handle:
+    """The process of a pid, also where the number is that of one of its threads.
+
+    Raises
+    ------
+    NoSuchProcess
+    """
+    handle = Handle(pid, proc)
+    tgid = handle.info.tgid
+    if tgid == pid:
+        return handle
+    handle.close()
+    return Handle(tgid, proc)
+
+
+def joins(pid: int, others: list[int]) -> bool:
+    """Whether a process runs in the address space of another one (CLONE_VM, vfork).
+
+    Source: kcmp(2), whose order of address spaces serves to search among many forks.
+
+    Parameters
+    ----------
+    pid : int
+    others : list of int
+        Processes with address spaces of their own, in that order; `pid` is put among them if it
+        has another one.
+    """
+    low, high = 0, len(others)
+    while low < high:
+        middle = (low + high) // 2
+        try:
+            order = _core.kcmp_vm(pid, others[middle])
+        except OSError:
+            break  # ended, hidden from us, or no such call: apart, as nearly always
+        if order == 0:
+            return True
+        low, high = (low, middle) if order == 1 else (middle + 1, high)
+    others.insert(low, pid)
+    return False
 
 
 def pids(proc: Path = PROC) -> list[int]:
@@ -231,7 +281,7 @@ def find_kernel_thread(name: str, proc: Path = PROC) -> int | None:
     """Pid of a kernel thread, None where none is in sight."""
     for pid in pids(proc):
         try:
-            if (proc / str(pid) / "comm").read_text().strip() == name:
+            if (proc / str(pid) / "comm").read_bytes().strip() == name.encode():
                 with Handle(pid, proc) as handle:
                     if handle.info.kernel_thread:
                         return pid

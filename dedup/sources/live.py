@@ -24,7 +24,6 @@ from dedup.errors import (
 )
 from dedup.kernel import ksm as ksm_interface
 from dedup.kernel import maps, memory, pagemap, processes
-from dedup.kernel.processes import Handle
 from dedup.model.eligibility import why_not
 from dedup.pages import FRAME_MASK, Flag, Pages, Process, Region, Skipped
 
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from dedup.kernel.pagemap import Sight
+    from dedup.kernel.processes import Handle
     from dedup.pages import I64, Groups
 
 Scope = Literal["compatible", "advised"]
@@ -82,6 +82,10 @@ class LiveSource:
     seed: int = 0
     _store: memory.Store | None = None
     _index: dict[int, int] = field(default_factory=dict)
+    _chosen: set[int] = field(default_factory=set)
+    _memories: dict[tuple[bytes, ...], list[int]] = field(default_factory=dict)
+    """Processes by what those of one address space have in common, in the kernel's order."""
+    _programs: dict[int, tuple[bytes, ...]] = field(default_factory=dict)
     _known_regions: dict[tuple[int, int], int] = field(default_factory=dict)
     _failures: list[DedupError] = field(default_factory=list)
     _ended: set[int] = field(default_factory=set)
@@ -176,9 +180,12 @@ class LiveSource:
                     pid = pids[at]
                     at += 1
                     try:
-                        handle = Handle(pid)
+                        handle = processes.of_process(pid)
                     except NoSuchProcess as e:
                         self._leave_out(pid, e)
+                        continue
+                    if first and self._seen(handle):
+                        handle.close()
                         continue
                     handles.append(handle)
                     size += handle.info.anonymous_bytes
@@ -188,6 +195,19 @@ class LiveSource:
                     handle.close()
             if self.options.progress is not None:
                 self.options.progress("processes", at, len(pids))
+
+    def _seen(self, handle: Handle) -> bool:
+        """Whether this process's memory is that of another one chosen: a thread's, a vfork's.
+
+        KSM follows an address space once, however many processes run in it.
+        """
+        info = handle.info
+        if handle.pid in self._chosen:
+            return True
+        self._chosen.add(handle.pid)
+        if info.kernel_thread or info.state in {"Z", "X"} or self.spans:
+            return False
+        return processes.joins(handle.pid, self._memories.setdefault(info.program, []))
 
     def _ksmd_runs(self) -> bool:
         ksm = ksm_interface.Ksm()
@@ -243,9 +263,14 @@ class LiveSource:
         assert pages is not None
         handle.require_memory()
         if not first:
-            known = next(p for p in pages.processes if p.id.pid == handle.pid)
+            known = pages.processes[self._index[handle.pid]]
             if known.id != handle.id:
                 raise ProcessGone(f"process {handle.pid} ended; its pid is another one's now")
+            if self._programs[handle.pid] != handle.info.program:
+                raise ProcessGone(
+                    f"process {handle.pid} ({known.name}) started another program during the scan",
+                    "scan it again",
+                )
         mappings = maps.read(handle)
         counters = ksm_interface.process_counters(handle)
         advised = any("mg" in m.vm_flags for m in mappings)
@@ -275,6 +300,7 @@ class LiveSource:
             return self._index[handle.pid]
         info = handle.info
         self._index[handle.pid] = len(pages.processes)
+        self._programs[handle.pid] = info.program
         pages.processes.append(
             Process(
                 id=handle.id,

@@ -15,7 +15,13 @@ from pathlib import Path
 import pytest
 
 from dedup.change.journal import Entry, Journal
-from dedup.change.tunables import Tunables, planned_restore, read_setting, restore
+from dedup.change.tunables import (
+    Tunables,
+    others_at_the_knobs,
+    planned_restore,
+    read_setting,
+    restore,
+)
 from dedup.errors import Busy, CheckFailed, NotPermitted, Unsupported
 from dedup.kernel.ksm import Ksm
 from dedup.kernel.lock import HostLock
@@ -224,3 +230,36 @@ def test_journal_entry_for_another_file_is_put_back_too(tmp_path: Path) -> None:
     before = Path(path).read_text().strip()
     Journal(tmp_path).record(Entry(path, before, before))
     assert [r.outcome for r in restore(Ksm(), tmp_path)] == ["unchanged"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+def test_a_burst_of_signals_stops_no_restore(number: signal.Signals) -> None:
+    before = Ksm().tunables()
+    for _ in range(3):
+        with self_test("equal  2 equal") as process:
+            for _ in range(12):
+                process.send_signal(number)
+                time.sleep(0.001)
+            _, errors = process.communicate(timeout=20)
+        assert process.returncode == 128 + number, errors
+        assert "Traceback" not in errors
+        assert Ksm().tunables() == before
+        assert not Path("/run/dedup/journal").exists()
+
+
+def test_a_hostile_name_of_a_process_breaks_nothing() -> None:
+    code = (
+        "import ctypes; ctypes.CDLL(None).prctl(15, b'\\xff\\x1b[', 0, 0, 0)\n"
+        "print('ready', flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert isinstance(others_at_the_knobs(), list)
+        for words in (["scan", "--pid", str(process.pid), "--passes", "1"],
+                      ["apply", "--self-test", "--case", "3 equal pages"]):  # fmt: skip
+            done = subprocess.run([sys.executable, "-m", "dedup", *words], capture_output=True)
+            assert done.returncode == 0, done.stderr
+        process.communicate(b"\n")

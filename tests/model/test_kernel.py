@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from contextlib import ExitStack
 
 import pytest
@@ -90,9 +91,15 @@ class Twin:
     def frames(self) -> set[int]:
         """Frames of all, the shared zero page left out."""
         every: set[int] = set()
-        for pid, start in zip(self.pids, self.starts, strict=True):
-            every.update(frames(pid, start, self.room))
-        return every - {0, sight().zero_frame}
+        for p, mappings in enumerate(self.layout.processes):
+            found: list[int] = []
+            deadline = time.monotonic() + 5
+            # While the kernel moves a page to another frame, pagemap shows none.
+            while len(found) != len(mappings) and time.monotonic() < deadline:
+                found = [f for f in frames(self.pids[p], self.starts[p], self.room) if f]
+            assert len(found) == len(mappings)
+            every.update(found)
+        return every - {sight().zero_frame}
 
     def huge_mapped(self) -> int:
         return sum(process_numbers(p, "smaps_rollup")["AnonHugePages"] for p in self.pids)

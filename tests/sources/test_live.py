@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -230,3 +231,44 @@ def test_bounds_without_root_hold_the_truth(target: Target) -> None:
 def test_own_pid() -> None:
     found = scan(os.getpid(), passes=1)
     assert found.scanned_pages > 1000
+
+
+def test_one_address_space_is_scanned_once() -> None:
+    """A thread's number, the same pid again, and a vfork child before its exec."""
+    code = (
+        "import os, subprocess, sys, threading, time\n"
+        "t = threading.Thread(target=time.sleep, args=(60,), daemon=True); t.start()\n"
+        "print(t.native_id, flush=True)\n"
+        "input()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        thread = int(process.stdout.readline())
+        once = scan(process.pid, passes=1)
+        again = scan(process.pid, thread, process.pid, passes=1)
+        assert [p.id.pid for p in again.pages.processes] == [process.pid]
+        assert abs(again.scanned_pages - once.scanned_pages) < 20
+        assert [p.id.pid for p in scan(thread, passes=1).pages.processes] == [process.pid]
+        process.communicate("\n")
+
+
+def test_an_exec_between_looks_is_said() -> None:
+    code = "import os\nprint('ready', flush=True)\ninput()\nos.execlp('sleep', 'sleep', '60')\n"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        source = LiveSource([process.pid], Options())
+        source.first_look()
+        process.stdin.write("\n")
+        process.stdin.flush()
+        comm = f"/proc/{process.pid}/comm"
+        while b"sleep" not in Path(comm).read_bytes():
+            time.sleep(0.01)
+        with pytest.raises(ProcessGone, match="another program"):
+            source.look_again()
+        process.kill()
