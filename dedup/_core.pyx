@@ -41,7 +41,6 @@ cdef extern from *:
 
     #ifndef PR_SET_MEMORY_MERGE
     #define PR_SET_MEMORY_MERGE 67
-    #define PR_GET_MEMORY_MERGE 68
     #endif
 
     static inline int64_t dedup_fetch_add(int64_t *p, int64_t v)
@@ -75,7 +74,6 @@ cdef extern from *:
 
     unsigned long DEDUP_PAGEMAP_SCAN
     int PR_SET_MEMORY_MERGE
-    int PR_GET_MEMORY_MERGE
 
 cdef extern from "<sys/uio.h>" nogil:
     cdef struct iovec:

@@ -91,20 +91,6 @@ class KsmNotRunning(Unsupported):
     default_hint = "add `--start-ksmd`, or `echo 1 > /sys/kernel/mm/ksm/run` as root"
 
 
-class BadInput(DedupError):
-    """A file is not what it should be."""
-
-    code = "bad-input"
-    exit_status = 7
-
-
-class Refused(DedupError):
-    """Refused by policy: trust domains, seccomp, size."""
-
-    code = "refused"
-    exit_status = 8
-
-
 class Busy(DedupError):
     """Another run of ours holds the lock."""
 

@@ -150,18 +150,3 @@ def prctl_memory_merge(int on):
     cdef unsigned long nothing = 0
     if c_prctl(PR_SET_MEMORY_MERGE, <unsigned long>on, nothing, nothing, nothing) < 0:
         raise _os_error(errno, "prctl(PR_SET_MEMORY_MERGE)")
-
-
-def prctl_memory_merge_get():
-    """PR_GET_MEMORY_MERGE of the calling process: 0 or 1.
-
-    Raises
-    ------
-    OSError
-        EINVAL where the kernel has no such option (before Linux 6.4).
-    """
-    cdef unsigned long nothing = 0
-    cdef int rc = c_prctl(PR_GET_MEMORY_MERGE, nothing, nothing, nothing, nothing)
-    if rc < 0:
-        raise _os_error(errno, "prctl(PR_GET_MEMORY_MERGE)")
-    return rc

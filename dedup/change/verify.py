@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Final
 
+from dedup.kernel.ksm import Counters
+from dedup.model.merge import FIELDS, PROCESS_FIELDS
+
 if TYPE_CHECKING:
-    from dedup.kernel.ksm import Counters, ProcessCounters
+    from dedup.kernel.ksm import ProcessCounters
     from dedup.model.merge import Prediction, ProcessPrediction
 
-COUNTERS: Final = (
-    "pages_shared",
-    "pages_sharing",
-    "pages_unshared",
-    "pages_volatile",
-    "ksm_zero_pages",
-    "stable_node_chains",
-    "stable_node_dups",
-    "general_profit",
-)
-PROCESS_COUNTERS: Final = (
-    "ksm_rmap_items",
-    "ksm_zero_pages",
-    "ksm_merging_pages",
-    "ksm_process_profit",
-)
+COUNTERS: Final = tuple(n for n in FIELDS if n in {f.name for f in fields(Counters)})
+"""Predicted figures that the kernel counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +63,7 @@ def compare(prediction: Prediction, actual: Counters) -> Comparison:
 def compare_process(prediction: ProcessPrediction, actual: ProcessCounters) -> Comparison:
     """ksm_stat of one process."""
     return Comparison(
-        {name: getattr(prediction, name) for name in PROCESS_COUNTERS},
-        {name: getattr(actual, name) for name in PROCESS_COUNTERS},
+        {name: getattr(prediction, name) for name in PROCESS_FIELDS},
+        {name: getattr(actual, name) for name in PROCESS_FIELDS},
         prediction.bounds,
     )

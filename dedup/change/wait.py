@@ -33,24 +33,6 @@ class Convergence:
     seconds: float
 
 
-def scans(ksm: Ksm, count: int, timeout_seconds: float) -> Counters:
-    """Wait for `count` more full scans.
-
-    Raises
-    ------
-    CheckFailed
-        Not within the time.
-    KsmNotRunning
-        Somebody stopped ksmd.
-    """
-    begin = time.monotonic()
-    first = ksm.counters().full_scans
-    while (now := ksm.counters()).full_scans - first < count:
-        _require_running(ksm, begin, timeout_seconds, now, first)
-        time.sleep(POLL_SECONDS)
-    return now
-
-
 def converge(
     ksm: Ksm,
     timeout_seconds: float,

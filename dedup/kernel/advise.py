@@ -76,17 +76,3 @@ def set_merge_any(on: bool) -> None:
                 "prctl(PR_SET_MEMORY_MERGE) is forbidden here (a seccomp filter?)", ""
             ) from e
         raise
-
-
-def merge_any() -> bool:
-    """Whether this process was made mergeable as a whole.
-
-    Raises
-    ------
-    Unsupported
-        No such prctl.
-    """
-    try:
-        return bool(_core.prctl_memory_merge_get())
-    except OSError as e:
-        raise Unsupported("this kernel has no prctl(PR_GET_MEMORY_MERGE)", "") from e

@@ -218,17 +218,6 @@ def process_counters(handle: Handle) -> ProcessCounters | None:
     )
 
 
-def ksmd_cpu_seconds(proc: Path = Path("/proc")) -> float | None:
-    """CPU time of ksmd since boot, None where there is no such thread in sight."""
-    from dedup.kernel.processes import find_kernel_thread
-
-    pid = find_kernel_thread("ksmd", proc)
-    if pid is None:
-        return None
-    stat = (proc / str(pid) / "stat").read_bytes().rpartition(b")")[2].split()
-    return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def users(proc: Path = Path("/proc")) -> dict[int, str]:
     """Processes that KSM works for, or would: pid and name. Root sees all of them."""
     from dedup.errors import NoSuchProcess

@@ -277,19 +277,6 @@ def every(proc: Path = PROC) -> list[Info]:
     return found
 
 
-def find_kernel_thread(name: str, proc: Path = PROC) -> int | None:
-    """Pid of a kernel thread, None where none is in sight."""
-    for pid in pids(proc):
-        try:
-            if (proc / str(pid) / "comm").read_bytes().strip() == name.encode():
-                with Handle(pid, proc) as handle:
-                    if handle.info.kernel_thread:
-                        return pid
-        except (OSError, NoSuchProcess, NotPermitted):
-            continue
-    return None
-
-
 @dataclass(frozen=True, slots=True)
 class Choice:
     """How the user chose processes; all parts add up."""

@@ -11,15 +11,15 @@ from tests.kernel_fixtures import KsmControl, Target
 pytestmark = [pytest.mark.ksm, pytest.mark.root]
 
 
-def test_scans_gives_up_when_ksmd_has_nothing_to_do(ksm: KsmControl) -> None:
+def test_gives_up_when_ksmd_has_nothing_to_do(ksm: KsmControl) -> None:
     ksm.start()
     with pytest.raises(CheckFailed, match="converged"):
-        wait.scans(ksm.ksm, 5, timeout_seconds=0.2)
+        wait.converge(ksm.ksm, timeout_seconds=0.2)
 
 
 def test_a_resting_ksmd_is_told_apart(ksm: KsmControl) -> None:
     with pytest.raises(KsmNotRunning):
-        wait.scans(ksm.ksm, 1, timeout_seconds=5)
+        wait.converge(ksm.ksm, timeout_seconds=5)
 
 
 def test_converges_on_many_pages(ksm: KsmControl, target: Target) -> None:

@@ -52,8 +52,3 @@ def test_what_the_kernel_refuses(ksm: KsmControl, target: Target) -> None:
     with pytest.raises(Unsupported, match="while pages are merged"):
         ksm.ksm.write("max_page_sharing", 100)
     assert interface.users()[target.pid]
-
-
-def test_ksmd_cpu() -> None:
-    seconds = interface.ksmd_cpu_seconds()
-    assert seconds is None or seconds >= 0
