@@ -380,10 +380,11 @@ class _Model:
         d = _distinct(c.group, c.frame, c.groups, c.alone)
         old = _distinct(c.group[c.ksm], c.frame[c.ksm], c.groups)
         unclear = np.bincount(c.group, c.maybe_shared | c.maybe_ksm, c.groups) > 0
-        unclear |= np.bincount(c.group, (c.word & Flag.OUTSIDE) != 0, c.groups) > 0
+        outside = np.bincount(c.group, (c.word & Flag.OUTSIDE) != 0, c.groups) > 0
         huge = np.bincount(c.group, c.thp, c.groups) > 0
         there = n > 0
-        plain = there & (ksm == 0) & ~unclear & ((d == n) | (n <= self.limit) | (d == 1))
+        simple = (d == n) | (n <= self.limit)
+        plain = there & (ksm == 0) & ~unclear & ((simple & ~outside) | (d == 1))
         one_frame = plain & (d == 1) & (n > 1)
         # One frame alone, shared by fork: one mapping in the unstable tree, the rest in neither.
         self.unshared.add(int(np.count_nonzero(one_frame)))
@@ -393,7 +394,7 @@ class _Model:
         nodes, left = np.where(many, nodes, 0), np.where(many, left, 0)
         # Where KSM pages have room for all that is new, or nothing is new.
         new = n - ksm
-        joins = there & (ksm > 0) & ~unclear & ((new == 0) | (new <= self._room(c)))
+        joins = there & (ksm > 0) & ~unclear & ~outside & ((new == 0) | (new <= self._room(c)))
         nodes = np.where(joins, old, nodes)
         merged = many | joins
         self._add_nodes(nodes, n, left, merged)
