@@ -404,9 +404,29 @@ class _Model:
         self._add_breakdown(c, merged, freed)
         split = c.take(c.thp & merged[c.group])
         self.split.update(_values(self._folio_of(split)))
-        for g in np.flatnonzero(there & ~one_frame & ~merged).tolist():
+        unknown = self._unknown_forks(c, n, there & ~(huge | outside))
+        for g in np.flatnonzero(there & ~one_frame & ~merged & ~unknown).tolist():
             lo, hi = np.searchsorted(c.group, [g, g + 1])
             self._special(c.take(slice(int(lo), int(hi))))
+
+    def _unknown_forks(self, c: _Copies, n: I64, among: Bool) -> Bool:
+        """Add up contents of which nothing is known but one hidden, shared mapping a process.
+
+        Without root that is what forked processes have by the thousand: one frame each, or not.
+        """
+        hidden = np.bincount(c.group, c.maybe_shared & ~c.maybe_ksm, c.groups)
+        unknown: Bool = np.asarray(among & (hidden == n) & (n >= 2) & (n <= self.limit))
+        if not unknown.any():
+            return unknown
+        unknown &= _distinct(c.group, c.process, c.groups) == n
+        contents, mappings = int(np.count_nonzero(unknown)), int(n[unknown].sum())
+        self.shared.add(0, contents)
+        self.sharing.add(0, mappings - contents)
+        self.unshared.add(0, contents)
+        self.volatile.add(0, mappings)
+        self.freed.add(0, mappings - contents)
+        self.merging[:, 1] += self._count(c, unknown[c.group])
+        return unknown
 
     def _room(self, c: _Copies) -> I64:
         """For each content, how many mappings its KSM pages take by merging."""
