@@ -530,19 +530,24 @@ cdef class Job:
         """Count pages read fast whose frame is another one now: sharing that we may have cost.
 
         A fork takes the exclusive mark from all pages at once (mm/memory.c, copy_present_ptes), so
-        a few pages tell whether there was one; only then each is looked at.
+        a few pages tell whether there was one; only then each is looked at. The last page that was
+        read tells it even when the child has ended meanwhile: what is read after a fork moves.
         """
-        cdef int64_t i, j, k, got, changed = 0, page_size = self.page_size
+        cdef int64_t i, j, k, got, changed = 0, page_size = self.page_size, fast = 0, last = n - 1
         cdef int fd = <int>self.pagemap_fds[target]
         cdef int suspect = 0
         cdef uint64_t e = 0
-        i = 0
-        while i < n and not suspect:
-            if w.digest[i]:
+        while last >= 0 and not w.digest[last]:
+            last -= 1
+        for i in range(last + 1):
+            if suspect:
+                break
+            if not w.digest[i]:
+                continue
+            if fast % LOOK_AGAIN_STEP == 0 or i == last:
                 got = pread(fd, &e, 8, <int64_t>(w.address[i] // <uint64_t>page_size) * 8)
                 suspect = got == 8 and self._differs(w, i, e)
-            # The last page too: it was read last.
-            i = n - 1 if i < n - 1 < i + LOOK_AGAIN_STEP else i + LOOK_AGAIN_STEP
+            fast += 1
         if not suspect:
             return
         self.no_fast[target] = 1
