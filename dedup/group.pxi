@@ -11,6 +11,11 @@ cdef struct Slot:
     int64_t place     # group's place in the part's output, -1 for a single
 
 
+cdef struct Table:
+    Slot *slots
+    int64_t size      # a power of two
+
+
 cdef struct Output:
     int64_t *order
     int64_t n_order
@@ -22,7 +27,8 @@ cdef struct Output:
 
 
 cdef enum:
-    PART_RECORDS = 8192
+    PART_RECORDS = 4096
+    TABLE_SLOTS = 8192         # of a part at first: it grows by contents, not by copies
     PARTS_MOST_BITS = 12
     HUGE_ROOM = 2 * 1024 * 1024
 
@@ -94,11 +100,11 @@ cdef inline uint64_t _top(uint64_t hash, int bits) noexcept nogil:
 
 cdef int _group_slice(const uint64_t *hashes, uint64_t *frames, int64_t n, uint64_t skip,
                       int slice_bits, int part_bits, uint64_t which, Output *out) noexcept nogil:
-    cdef int64_t parts = <int64_t>1 << part_bits, i, at, total = 0, most = 0, size
+    cdef int64_t parts = <int64_t>1 << part_bits, i, at, total = 0
     cdef size_t room
     cdef int64_t *ends = <int64_t *>malloc((parts + 1) * sizeof(int64_t))
     cdef Record *records = NULL
-    cdef Slot *table = NULL
+    cdef Table table
     cdef int rc = -1
     if ends == NULL:
         return -1
@@ -108,22 +114,18 @@ cdef int _group_slice(const uint64_t *hashes, uint64_t *frames, int64_t n, uint6
             continue
         ends[_top(hashes[i] << slice_bits, part_bits)] += 1
     for i in range(parts):
-        if ends[i] > most:
-            most = ends[i]
         at = ends[i]
         ends[i] = total
         total += at
     out.considered += total
-    size = 16
-    while size < 2 * most:
-        size *= 2
     # On huge pages: the first touch of small ones would take longer than the grouping.
     room = (total * sizeof(Record) // HUGE_ROOM + 1) * HUGE_ROOM
     records = <Record *>aligned_alloc(HUGE_ROOM, room)
-    table = <Slot *>malloc(size * sizeof(Slot))
+    table.slots = <Slot *>malloc(TABLE_SLOTS * sizeof(Slot))
+    table.size = TABLE_SLOTS
     if records != NULL and room > HUGE_ROOM:
         c_madvise(records, room, MADV_HUGEPAGE)
-    if records != NULL and table != NULL:
+    if records != NULL and table.slots != NULL:
         for i in range(n):
             if frames[i] & skip or _top(hashes[i], slice_bits) != which:
                 continue
@@ -134,28 +136,33 @@ cdef int _group_slice(const uint64_t *hashes, uint64_t *frames, int64_t n, uint6
         rc = 0
         at = 0
         for i in range(parts):
-            if ends[i] - at >= 2 and _group_part(records + at, ends[i] - at, table, frames,
+            if ends[i] - at >= 2 and _group_part(records + at, ends[i] - at, &table, frames,
                                                  out) < 0:
                 rc = -1
                 break
             at = ends[i]
     free(ends)
     free(records)
-    free(table)
+    free(table.slots)
     return rc
 
 
-cdef int _group_part(const Record *records, int64_t n, Slot *table, uint64_t *frames,
+cdef int _group_part(const Record *records, int64_t n, Table *t, uint64_t *frames,
                      Output *out) noexcept nogil:
     """Count in the table, give each content with a partner its place, then fill the places."""
-    cdef int64_t size = 16, i, at, mask, duplicates = 0, groups = 0, place
-    while size < 2 * n:
-        size *= 2
-    mask = size - 1
-    memset(table, 0, size * sizeof(Slot))
+    cdef int64_t i, at, mask = t.size - 1, duplicates = 0, groups = 0, contents = 0, place
+    cdef Slot *table = t.slots
+    memset(table, 0, t.size * sizeof(Slot))
     for i in range(n):
         at = _find(table, mask, records[i].hash)
-        table[at].hash = records[i].hash
+        if table[at].count == 0:
+            contents += 1
+            if 2 * contents > t.size:
+                if _double(t) < 0:
+                    return -1
+                table, mask = t.slots, t.size - 1
+                at = _find(table, mask, records[i].hash)
+            table[at].hash = records[i].hash
         table[at].count += 1
         if table[at].count == 2:
             groups += 1
@@ -183,6 +190,23 @@ cdef int _group_part(const Record *records, int64_t n, Slot *table, uint64_t *fr
         table[at].place += 1
         frames[records[i].index] |= DUPLICATE
     out.n_order = place
+    return 0
+
+
+cdef int _double(Table *t) noexcept nogil:
+    """A table twice as large with the same contents."""
+    cdef int64_t i, at, size = 2 * t.size
+    cdef Slot *slots = <Slot *>malloc(size * sizeof(Slot))
+    if slots == NULL:
+        return -1
+    memset(slots, 0, size * sizeof(Slot))
+    for i in range(t.size):
+        if t.slots[i].count:
+            at = _find(slots, size - 1, t.slots[i].hash)
+            slots[at] = t.slots[i]
+    free(t.slots)
+    t.slots = slots
+    t.size = size
     return 0
 
 
