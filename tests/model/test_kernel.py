@@ -71,6 +71,8 @@ class Twin:
         where = {"at": new[0].address, "count": self.huge_pages}
         self.do(p, "advise", what="hugepage", **where)
         self._put(p, new)
+        # It stays huge; but once split, khugepaged must not put it together again.
+        self.do(p, "advise", what="nohugepage", **where)
         if locked:
             self.do(p, "lock", **where)
 
