@@ -188,7 +188,7 @@ class Merge:
     def _forget(self) -> None:
         """Have a resting ksmd drop what it noted of our pages, so that its counters are true."""
         ksm = Ksm()
-        if not ksm.writable() or ksm.tunables().get("run") == RUN_MERGE:
+        if not ksm.writable() or ksm.running:
             return
         with ExitStack() as stack:
             try:
@@ -207,7 +207,7 @@ class Merge:
 
     def _ready_ksmd(self, ksm: Ksm, stack: ExitStack) -> None:
         """Smart scan off and ksmd running for the time of the wait, where we may."""
-        running = ksm.tunables().get("run") == RUN_MERGE
+        running = ksm.running
         if not ksm.writable():
             if not running:
                 raise KsmNotRunning(

@@ -101,7 +101,7 @@ def apply(
     """
     ksm = Ksm()
     ksm.require()
-    if not start_ksmd and ksm.tunables().get("run") != RUN_MERGE:
+    if not start_ksmd and not ksm.running:
         raise KsmNotRunning("ksmd is not running, so nothing would merge")
     with ExitStack() as stack:
         tunables: Tunables | None = None

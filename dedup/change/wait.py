@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from dedup.errors import CheckFailed, KsmNotRunning
-from dedup.kernel.ksm import RUN_MERGE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -109,5 +108,5 @@ def _require_running(
             "give it more time, or more pages a batch: "
             "`echo 5000 > /sys/kernel/mm/ksm/pages_to_scan`",
         )
-    if ksm.tunables().get("run") != RUN_MERGE:
+    if not ksm.running:
         raise KsmNotRunning("ksmd was stopped by somebody else while we waited")

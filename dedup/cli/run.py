@@ -62,7 +62,7 @@ def command(words: tuple[str, ...]) -> NoReturn:
 
     set_merge_any(True)
     ksm = Ksm()
-    if ksm.present and ksm.tunables().get("run") != 1:
+    if ksm.present and not ksm.running:
         Output().advise(
             "dedup: ksmd is not running, so nothing merges yet: "
             "`echo 1 | sudo tee /sys/kernel/mm/ksm/run`"

@@ -105,6 +105,11 @@ class Ksm:
         """Whether this kernel has KSM."""
         return (self.root / "run").exists()
 
+    @property
+    def running(self) -> bool:
+        """Whether ksmd merges now (run=1); not, where the kernel has no KSM."""
+        return self._number("run") == RUN_MERGE
+
     def require(self) -> None:
         """Raise `Unsupported` when this kernel has no KSM."""
         if not self.present:

@@ -172,9 +172,7 @@ class _Copies:
         )
 
 
-def predict(
-    pages: Pages, groups: Groups, rules: Rules, *, one_look: bool | None = None
-) -> Prediction:
+def predict(pages: Pages, groups: Groups, rules: Rules) -> Prediction:
     """Predict the counters for the pages of a scan.
 
     Parameters
@@ -184,16 +182,12 @@ def predict(
     groups : Groups
         From the same call.
     rules : Rules
-    one_look : bool, optional
-        Whether volatile pages are unknown; by default, whether there was one look only.
 
     Returns
     -------
     Prediction
     """
-    return _Model(pages, groups, rules).run(
-        volatile_known=not (pages.looks < 2 if one_look is None else one_look)
-    )
+    return _Model(pages, groups, rules).run(volatile_known=pages.looks >= 2)
 
 
 class _Model:

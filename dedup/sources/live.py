@@ -171,7 +171,7 @@ class LiveSource:
         assert pages is not None
         at = 0
         parents = processes.parents() if not self.spans else set()
-        merging = self._ksmd_runs()
+        merging = ksm_interface.Ksm().running
         while at < len(pids):
             handles: list[Handle] = []
             size = 0
@@ -208,10 +208,6 @@ class LiveSource:
         if info.kernel_thread or info.state in {"Z", "X"} or self.spans:
             return False
         return processes.joins(handle.pid, self._memories.setdefault(info.program, []))
-
-    def _ksmd_runs(self) -> bool:
-        ksm = ksm_interface.Ksm()
-        return ksm.present and ksm.tunables().get("run") == ksm_interface.RUN_MERGE
 
     def _batch(
         self, handles: Sequence[Handle], parents: set[int], *, merging: bool, first: bool
