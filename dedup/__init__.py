@@ -52,7 +52,7 @@ def scan(
     *,
     arrays: Sequence[Any] = (),
     scope: Literal["compatible", "advised"] = "compatible",
-    passes: int = 2,
+    passes: int | None = None,
     interval_seconds: float | None = None,
     full_scan_seconds: float | None = None,
     threads: int | None = None,
@@ -68,8 +68,9 @@ def scan(
         Our own memory instead, hashed where it lies; whole pages take part.
     scope : {"compatible", "advised"}
         Every mapping that KSM would accept were it advised, or those marked mergeable now.
-    passes : int
-        Looks at the memory: pages whose content differs between two are volatile.
+    passes : int, optional
+        Looks at the memory: pages whose content differs between two are volatile. By default 2, or
+        3 and an extrapolation where ksmd's full scan takes more than 3 s.
     interval_seconds : float, optional
         Between looks; by default from the time of ksmd's full scan, at most 5 s.
     full_scan_seconds : float, optional

@@ -57,6 +57,8 @@ class Process:
     unit: str = ""
     ksm_zero_pages: int = 0
     """Pages that KSM has mapped to the shared zero page already."""
+    ksm_rmap_items: int = 0
+    """Pages that ksmd follows already."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     help="Every mapping that KSM would accept were it advised, or only those marked mergeable now.",
 )  # fmt: skip
 @click.option(
-    "--passes", type=click.IntRange(min=1), default=2, show_default=True, metavar="N",
-    help="Looks at the memory: pages whose content differs between them are volatile.",
+    "--passes", type=click.IntRange(min=1), metavar="N",
+    help="Looks at the memory: pages whose content differs between them are volatile. By default "
+    "2, or 3 and an extrapolation where ksmd's full scan takes more than 3 s.",
 )  # fmt: skip
 @click.option(
     "--interval", type=Seconds(auto=True), default="auto", show_default=True,
@@ -62,7 +63,7 @@ def command(
     output: Output,
     by: Any,
     scope: Any,
-    passes: int,
+    passes: int | None,
     interval: float | None,
     full_scan: float | None,
     seed: int | None,

@@ -305,6 +305,7 @@ class LiveSource:
                 cgroup=info.cgroup,
                 unit=info.unit,
                 ksm_zero_pages=counters.ksm_zero_pages if counters else 0,
+                ksm_rmap_items=counters.ksm_rmap_items if counters else 0,
             )
         )
         return self._index[handle.pid]
@@ -429,12 +430,11 @@ def mark_outside(pages: Pages, groups: Groups, sight: Sight) -> None:
     pages.frames[index[outside[which]]] |= Flag.OUTSIDE
 
 
-def wait_between_looks(
-    seconds: float, progress: Callable[[str, int, int], None] | None = None
-) -> None:
-    """Wait for the next look, telling how long it takes."""
-    end = time.monotonic() + seconds
-    while (left := end - time.monotonic()) > 0:
+def wait_until(moment: float, progress: Callable[[str, int, int], None] | None = None) -> None:
+    """Wait for a moment of the monotonic clock, telling how long it takes."""
+    begin = time.monotonic()
+    while (left := moment - time.monotonic()) > 0:
         if progress is not None:
-            progress("waiting", int((seconds - left) * 10), int(seconds * 10))
+            whole = moment - begin
+            progress("waiting", int((whole - left) * 10), int(whole * 10))
         time.sleep(min(left, 0.1))

@@ -1,0 +1,277 @@
+"""The steady state of memory that is written to: which looks see it, and what follows from them.
+
+ksmd merges a page whose content is the same at two of its visits, one full scan apart. Two looks
+1.6 full scans apart find the pages for which that holds most of the time. Where that is too long
+to wait, three looks (0, T and 3T) give the share of pages that keep their content for time t as
+exp(-(t/theta)^beta), a Weibull distribution: few pages change quickly, many slowly, beta <= 1.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from dedup.model.merge import FIELDS, PROCESS_FIELDS, RMAP_ITEM_BYTES, Prediction, ProcessPrediction
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+STEADY_FACTOR: Final = 1.6
+"""Looks this many full scans apart see as volatile what ksmd does in the steady state."""
+INTERVAL_MOST_SECONDS: Final = 5.0
+INTERVAL_LEAST_SECONDS: Final = 0.05
+DRIFT_SHARE: Final = 0.01
+"""A figure of one look that moves by more of itself from look to look is no steady state."""
+SPREAD: Final = 4.0
+"""Standard deviations that chance may move it by."""
+
+Span = tuple[float, float]
+P = TypeVar("P", Prediction, ProcessPrediction)
+
+
+@dataclass(frozen=True, slots=True)
+class Looks:
+    """When to look, in seconds after the first look."""
+
+    at: tuple[float, ...]
+    extrapolated: bool = False
+    """Whether the steady state lies beyond the last one."""
+
+    @property
+    def longest_seconds(self) -> float:
+        """The longest time from one look to the next; 0 where there is but one."""
+        return max((b - a for a, b in zip(self.at, self.at[1:], strict=False)), default=0.0)
+
+
+def looks(full_scan_seconds: float) -> Looks:
+    """When to look, for ksmd's full scan of this time.
+
+    Parameters
+    ----------
+    full_scan_seconds : float
+
+    Returns
+    -------
+    Looks
+        Two looks 1.6 full scans apart; where that is more than 5 s, three at 0, 2.5 and 7.5 s.
+    """
+    steady = STEADY_FACTOR * full_scan_seconds
+    if steady <= INTERVAL_MOST_SECONDS:
+        return Looks((0.0, max(INTERVAL_LEAST_SECONDS, steady)))
+    return Looks((0.0, INTERVAL_MOST_SECONDS / 2, INTERVAL_MOST_SECONDS * 1.5), extrapolated=True)
+
+
+def drifting(first: float, last: float, changed: int) -> bool:
+    """Whether memory is still changing its nature, so that no steady state can be given.
+
+    Parameters
+    ----------
+    first, last : float
+        `pages_sharing` by the first look alone, and by the last one alone.
+    changed : int
+        Pages whose content differed, that came or went, between them.
+    """
+    chance = SPREAD * math.sqrt(min(changed, max(first, last)))
+    return abs(last - first) > DRIFT_SHARE * max(first, last) + chance
+
+
+def kept(
+    first: float, second: float, third: float, distance: float, elapsed: float
+) -> tuple[float, Span]:
+    """What is left of a figure after a time, from three looks at 0, 1 and `distance`.
+
+    Parameters
+    ----------
+    first : float
+        By one look alone.
+    second, third : float
+        Without what changed until then.
+    distance, elapsed : float
+        Of the third look, and of the time to see; in units of the first two looks' distance.
+
+    Returns
+    -------
+    value : float
+    span : (float, float)
+        From a loss that goes on as from the start, to none any more.
+    """
+    if third <= 0 or first <= third:
+        return third, (third, third)
+    late = math.log(first / third)
+    early = math.log(first / second) if 0 < second < first else 0.0
+    beta = min(1.0, math.log(late / early) / math.log(distance)) if 0 < early < late else 1.0
+    if early >= late:
+        beta = 0.0
+    times = elapsed / distance
+    return first * math.exp(-late * times**beta), (first * math.exp(-late * times), third)
+
+
+def merged(prediction: Prediction) -> float:
+    """Pages merged or mapped to the shared zero page, the middle where it is a range."""
+    return (sum(_span(prediction, "pages_sharing")) + sum(_span(prediction, "ksm_zero_pages"))) / 2
+
+
+def seen(predictions: Sequence[Prediction]) -> Prediction:
+    """What several looks said, as ranges: for memory that has no steady state.
+
+    Parameters
+    ----------
+    predictions : sequence of Prediction
+        Of the same processes; the last one gives what does not depend on time.
+    """
+    last = predictions[-1]
+    processes = [
+        _from_lowest_to_highest(
+            one, PROCESS_FIELDS, [p.processes[i] for p in predictions if i < len(p.processes)]
+        )
+        for i, one in enumerate(last.processes)
+    ]
+    return replace(_from_lowest_to_highest(last, FIELDS, predictions), processes=processes)
+
+
+def _from_lowest_to_highest(last: P, names: Sequence[str], several: Sequence[P]) -> P:
+    values: dict[str, Any] = {}
+    bounds: dict[str, tuple[int, int]] = {}
+    for name in names:
+        spans = [_span(p, name) for p in several if _is_known(p, name)]
+        if not spans:
+            continue
+        low, high = min(s[0] for s in spans), max(s[1] for s in spans)
+        values[name] = low if low == high else None
+        if low != high:
+            bounds[name] = (low, high)
+    return replace(last, **values, bounds=bounds)
+
+
+@dataclass(frozen=True, slots=True)
+class _Three:
+    """The predictions of three looks, and how far ahead to see."""
+
+    first: Prediction
+    second: Prediction
+    third: Prediction
+    distance: float
+    elapsed: float
+
+    def figure(self, name: str) -> tuple[int, int, int]:
+        """Value, lowest and highest of a field, pages."""
+        return self._kept([_span(p, name) for p in (self.first, self.second, self.third)])
+
+    def of_process(self, index: int, name: str) -> tuple[int, int, int]:
+        """The same of a process."""
+        spans = []
+        for prediction in (self.first, self.second, self.third):
+            # A process that was not there at the first look changed nothing since.
+            known = prediction.processes
+            one = known[index] if index < len(known) else self.third.processes[index]
+            spans.append(_span(one, name))
+        return self._kept(spans)
+
+    def steady_pages(self, rmap_items: int) -> int:
+        """Pages that keep their content, of `rmap_items`."""
+        first, second, third = (
+            max(0.0, rmap_items - sum(_span(p, "pages_volatile")) / 2)
+            for p in (self.first, self.second, self.third)
+        )
+        return round(kept(first, second, third, self.distance, self.elapsed)[0])
+
+    def _kept(self, spans: list[tuple[int, int]]) -> tuple[int, int, int]:
+        first, second, third = spans
+        at = self.distance, self.elapsed
+        low, (least, _) = kept(first[0], second[0], third[0], *at)
+        high, (_, most) = kept(first[1], second[1], third[1], *at)
+        return round((low + high) / 2), math.floor(least), math.ceil(most)
+
+
+def extrapolate(
+    predictions: tuple[Prediction, Prediction, Prediction],
+    distance: float,
+    elapsed: float,
+    page_size: int,
+) -> Prediction:
+    """The steady state beyond the last look.
+
+    Parameters
+    ----------
+    predictions : three Predictions
+        By the first look alone, then without what changed until the second and the third.
+    distance, elapsed : float
+        When the third look came, and when ksmd's steady state shows, both after the first look and
+        in units of the time from the first to the second.
+    page_size : int
+
+    Returns
+    -------
+    Prediction
+        The last one where nothing changed; else estimates, with `bounds` from a loss that goes on
+        as it began to none any more.
+    """
+    three = _Three(*predictions, distance, elapsed)
+    last = predictions[2]
+    names = ("pages_shared", "pages_sharing", "ksm_zero_pages", "stable_node_chains",
+             "stable_node_dups", "frames_freed", "thp_split")  # fmt: skip
+    found = {name: three.figure(name) for name in names if _is_known(last, name)}
+    items = sum(sum(_span(p, "ksm_rmap_items")) for p in last.processes) // 2
+    merged = found["pages_shared"][0] + found["pages_sharing"][0]
+    steady = max(merged, three.steady_pages(items))
+    least = found["pages_shared"][1] + found["pages_sharing"][1]
+    found["pages_unshared"] = (steady - merged, 0, max(0, items - least))
+    seen = min(_span(last, "pages_volatile")[0], items - steady)
+    found["pages_volatile"] = (items - steady, seen, items)
+    for name, unit in (("general_profit", "pages_sharing"), ("saved_bytes", "frames_freed")):
+        value, low, high = (_money(last, name, unit, n, page_size) for n in found[unit])
+        found[name] = value, low, high
+    values: dict[str, Any] = _values(last, found)
+    return replace(
+        last,
+        **values,
+        bounds=_bounds(found),
+        processes=[_process(three, i, page_size) for i in range(len(last.processes))],
+    )
+
+
+def _values(
+    last: Prediction | ProcessPrediction, found: dict[str, tuple[int, int, int]]
+) -> dict[str, int | None]:
+    """What was one number by the looks is one beyond them; a range stays a range."""
+    return {
+        name: None if getattr(last, name) is None else value
+        for name, (value, _, _) in found.items()
+    }
+
+
+def _bounds(found: dict[str, tuple[int, int, int]]) -> dict[str, tuple[int, int]]:
+    return {name: (low, high) for name, (_, low, high) in found.items() if low != high}
+
+
+def _money(last: Prediction, name: str, unit: str, pages: int, page_size: int) -> int:
+    """Bytes of a figure whose pages are fewer now; KSM's own records stay."""
+    bytes_low, bytes_high = _span(last, name)
+    pages_low, pages_high = _span(last, unit)
+    return (bytes_low + bytes_high) // 2 + (pages - (pages_low + pages_high) // 2) * page_size
+
+
+def _process(three: _Three, index: int, page_size: int) -> ProcessPrediction:
+    last = three.third.processes[index]
+    merging = three.of_process(index, "ksm_merging_pages")
+    zero = three.of_process(index, "ksm_zero_pages")
+    items = _span(last, "ksm_rmap_items")
+    records = sum(items) // 2 * RMAP_ITEM_BYTES
+    profit = [(m + z) * page_size - records for m, z in zip(merging, zero, strict=True)]
+    found = {
+        "ksm_merging_pages": merging,
+        "ksm_zero_pages": zero,
+        "ksm_process_profit": (profit[0], profit[1], profit[2]),
+    }
+    spans = {"ksm_rmap_items": items} if items[0] != items[1] else {}
+    return replace(last, **_values(last, found), bounds=spans | _bounds(found))
+
+
+def _span(p: Prediction | ProcessPrediction, name: str) -> tuple[int, int]:
+    value = getattr(p, name)
+    return (value, value) if value is not None else p.bounds.get(name, (0, 0))
+
+
+def _is_known(p: Prediction | ProcessPrediction, name: str) -> bool:
+    return getattr(p, name) is not None or name in p.bounds

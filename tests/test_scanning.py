@@ -1,0 +1,110 @@
+"""One scan from end to end: its looks, and what they say over time."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from dedup.kernel.ksm import Ksm
+from dedup.scanning import Plan, full_scan_seconds, scan_pids
+from tests.kernel_fixtures import KsmControl, Target
+
+PAGES = 400
+
+
+def test_a_long_full_scan_takes_a_third_look(target: Target) -> None:
+    target.do("map", name="a", pages=PAGES)
+    target.do("fill", name="a", at=0, count=PAGES, what="same")
+    written = list(range(0, PAGES, 10))
+    before = scan_pids([target.pid], Plan(passes=1)).prediction.pages_sharing
+    assert before is not None
+    target.send("keep_writing", name="a", pages=written)
+    assert target.answer() == "started"
+    found = scan_pids([target.pid], Plan(full_scan_seconds=60))
+    target.stop()
+    assert found.passes == 3
+    assert found.extrapolated
+    assert found.looks_seconds == pytest.approx([0, 2.5, 7.5], abs=0.4)
+    assert not found.drifting
+    # What is written to all the time was lost by the first looks; nothing else ever is.
+    assert found.prediction.pages_sharing == pytest.approx(before - len(written), abs=12)
+    assert found.prediction.pages_volatile == pytest.approx(len(written), abs=8)
+
+
+def test_nothing_written_is_nothing_to_extrapolate(target: Target) -> None:
+    target.do("map", name="a", pages=PAGES)
+    target.do("fill", name="a", at=0, count=PAGES, what="same")
+    found = scan_pids([target.pid], Plan(full_scan_seconds=60))
+    assert found.extrapolated
+    assert found.drifting is False
+    assert "pages_sharing" not in found.prediction.bounds
+
+
+@pytest.mark.parametrize("passes", [1, 2, 4])
+def test_looks_that_were_asked_for(target: Target, passes: int) -> None:
+    found = scan_pids([target.pid], Plan(passes=passes, interval_seconds=0.2, full_scan_seconds=60))
+    assert found.passes == passes
+    assert not found.extrapolated
+    assert found.looks_seconds == pytest.approx([0.2 * i for i in range(passes)], abs=0.1)
+    assert found.interval_seconds == pytest.approx(0.2 if passes > 1 else 0, abs=0.05)
+    assert (found.drifting is None) == (passes == 1)
+
+
+def test_memory_that_grows_alike_is_drifting() -> None:
+    """Two processes in which ever more pages become equal."""
+    with Target() as a, Target() as b:
+        for target in (a, b):
+            target.do("map", name="a", pages=3 * PAGES)
+            target.do("fill", name="a", at=0, count=PAGES, what="same")
+            target.do("fill", name="a", at=PAGES, count=2 * PAGES, what="unique")
+
+        def grow() -> None:
+            time.sleep(0.3)
+            a.do("fill", name="a", at=PAGES, count=2 * PAGES, what="same")
+
+        grower = threading.Thread(target=grow)
+        grower.start()
+        found = scan_pids([a.pid, b.pid], Plan(interval_seconds=1.5))
+        grower.join()
+    assert found.drifting
+    assert found.prediction.pages_sharing is None
+    low, high = found.prediction.bounds["pages_sharing"]
+    assert low <= 3 * PAGES
+    assert high >= 4 * PAGES - 10
+
+
+def test_full_scan_time_counts_whole_ticks() -> None:
+    tick = time.clock_getres(6)
+    slow = full_scan_seconds(1000, {"pages_to_scan": 100, "sleep_millisecs": 20})
+    assert slow >= 11 * 0.02
+    assert slow / 11 / tick == pytest.approx(round(slow / 11 / tick))
+    assert full_scan_seconds(1000, {"pages_to_scan": 100, "sleep_millisecs": 0}) == 0
+
+
+@pytest.mark.ksm
+@pytest.mark.root
+def test_a_running_ksmd_tells_its_pace(ksm: KsmControl, target: Target) -> None:
+    """Where ksmd runs already, its own scans give the time of one."""
+    target.do("map", name="a", pages=5000)
+    target.do("fill", name="a", at=0, count=5000, what="unique")
+    target.do("advise", name="a", what="mergeable")
+    ksm.set(pages_to_scan=200, sleep_millisecs=8)
+    ksm.start()
+    deadline = time.monotonic() + 20
+    while ksm.ksm.counters().full_scans < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    first = ksm.ksm.counters()
+    begin = time.monotonic()
+    found = scan_pids([target.pid], Plan())
+    while ksm.ksm.counters().full_scans < first.full_scans + 6:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    took = (time.monotonic() - begin) / 6
+    # All of the process is counted, and ksmd follows 5000 pages of it.
+    assert found.full_scan_seconds == pytest.approx(
+        took * found.scanned_pages / first.rmap_items, rel=0.4
+    )
+    assert Ksm().running
