@@ -70,6 +70,12 @@ class Scan:
     passes: int
     scope: str
     pagemap_scan: bool
+    drifting: bool | None = None
+    """The memory is still changing its nature: there is no steady state; one look can't know."""
+    extrapolated: bool = False
+    """The steady state is extrapolated: ksmd's full scan takes longer than the looks lasted."""
+    looks_seconds: list[float] = field(default_factory=list)
+    """When each look was, from the first one on."""
 
     @property
     def complete(self) -> bool:
