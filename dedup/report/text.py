@@ -262,13 +262,15 @@ class View:
         """Where all memory goes: what is freed, and why the rest is not."""
         page = self.scan.pages.page_size
         total = sum(p.pages or 0 for p in self.why.whole if p.code not in NO_MEMORY)
-        if not self.why.whole:
+        if not total:
             return []
         grid = Table.grid(padding=(0, 2, 0, 0))
         grid.add_column(justify="right", no_wrap=True)
         grid.add_column(justify="right", no_wrap=True)
         grid.add_column(ratio=1)
         for part in self.why.whole:
+            if part.pages is None and part.code in NO_MEMORY:
+                continue
             share = ""
             if part.pages is not None and part.code not in NO_MEMORY:
                 share = self._share(part.pages, part.pages, max(1, total))

@@ -40,6 +40,8 @@ WORDS: Final = {
 }
 """What becomes of a page, in words, by the code of the JSON."""
 
+PLACES: Final = {code: i for i, code in enumerate(WORDS)}
+
 NO_MEMORY: Final = frozenset({"zero_page", "gone"})
 """Codes of pages that take no memory."""
 FREED_CODES: Final = frozenset(e.name.lower() for e in FREED)
@@ -122,7 +124,7 @@ class Why:
                 parts["file"] = max(0, resident // size - anonymous)
             parts["zero_page"] = zero
         some = {code: n for code, n in parts.items() if n != 0}
-        return dict(sorted(some.items(), key=lambda part: -(part[1] or 0)))
+        return dict(sorted(some.items(), key=lambda part: _weight(*part)))
 
     def by_process(self) -> list[dict[str, int | None]]:
         """The same by process."""
@@ -132,7 +134,7 @@ class Why:
             for code, n in parts.items():
                 before = mine.get(code, 0)
                 mine[code] = None if before is None or n is None else before + n
-        return [dict(sorted(s.items(), key=lambda part: -(part[1] or 0))) for s in sums]
+        return [dict(sorted(s.items(), key=lambda part: _weight(*part))) for s in sums]
 
     def _whole(self) -> list[Part]:
         sums: dict[tuple[str, str, str | None], int | None] = {}
@@ -147,17 +149,16 @@ class Why:
         if self.scan.pages.skipped:
             sums["left_out", WORDS["left_out"], None] = None
         parts_of = [Part(code, words, n, flag) for (code, words, flag), n in sums.items()]
-        return sorted(parts_of, key=lambda part: -(part.pages or 0))
+        return sorted(parts_of, key=lambda part: _weight(part.code, part.pages))
 
     def reason(self, region: int) -> str:
         """Why KSM frees no more of a region, in words: the main reason."""
         where = self.scan.pages.regions[region]
         if not where.eligible:
             return where.why
-        kept = [c for c in self.by_region[region] if c not in FREED_CODES | NO_MEMORY]
-        if kept:
-            return WORDS[kept[0]]
-        return WORDS[next(iter(self.by_region[region]))] if self.by_region[region] else NOTHING
+        known = [code for code, n in self.by_region[region].items() if n is not None]
+        stays = [code for code in known if code not in FREED_CODES | NO_MEMORY]
+        return next((WORDS[code] for code in (*stays, *known)), NOTHING)
 
     def processes_of(self, content: Content) -> list[tuple[int, int]]:
         """Processes (indices) with a content and the pages in each, the most first."""
@@ -174,6 +175,11 @@ class Why:
             name = self.scan.pages.regions[region].name
             sums[name] = sums.get(name, 0) + n
         return sorted(sums.items(), key=lambda item: (-item[1], item[0]))
+
+
+def _weight(code: str, pages: int | None) -> tuple[int, int]:
+    """The most first; of equals, in the order of the words."""
+    return -(pages or 0), PLACES[code]
 
 
 def flag_of(region: Region) -> str | None:
