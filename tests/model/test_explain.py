@@ -13,7 +13,7 @@ from dedup import grouping
 from dedup.model import explain, merge
 from dedup.model.explain import FREED, End
 from dedup.model.merge import Rules
-from dedup.pages import Flag, Groups, Pages
+from dedup.pages import FRAME_MASK, Flag, Groups, Pages
 from tests.model.layouts import UNIQUE, Layout, layouts, prediction
 from tests.model.simulator import ZERO
 
@@ -175,6 +175,21 @@ def test_a_frame_mapped_outside_the_scan_stays() -> None:
     found = explain.explain(pages, groups, Rules(), 1)
     assert found.pages[0, [End.DUPLICATE, End.KEPT, End.OUTSIDE]].tolist() == [1, 1, 1]
     assert found.contents[0].frames_freed == (1, 1)
+
+
+def test_a_frame_that_stays_anyhow_is_no_choice_to_keep() -> None:
+    layout = Layout()
+    p = layout.process()
+    layout.page(p, 1)
+    layout.page(p, 1)
+    layout.fork(p)
+    pages = layout.pages()
+    groups = grouping.group(pages)
+    first = pages.frames[groups.order[0]] & FRAME_MASK
+    pages.frames[(pages.frames & FRAME_MASK) == first] |= Flag.OUTSIDE
+    found = explain.explain(pages, groups, Rules())
+    ends = found.pages.sum(0)
+    assert ends[[End.FORK, End.KEPT, End.OUTSIDE, End.DUPLICATE]].tolist() == [2, 1, 1, 0]
 
 
 @pytest.mark.parametrize(

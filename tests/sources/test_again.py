@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import random
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import dedup
 from dedup import _core
 from dedup.kernel import memory
 from dedup.kernel.processes import Handle
+from dedup.pages import ProcessId
 from dedup.scanning import Plan, Scan, scan_pids
 from dedup.sources import again
 from dedup.sources.live import Options
@@ -110,6 +112,12 @@ def test_contents_of_a_process(target: Target) -> None:
     here = np.flatnonzero((address >= start) & (address < start + 9 * PAGE)).tolist()
     assert len(here) == 9
     assert again.looks_like(found.pages, [here], SEED) == ["binary"]
+    # A pid that is another process's by now.
+    (known,) = found.pages.processes
+    other = replace(known, id=ProcessId(known.id.pid, known.id.start_time + 1))
+    found.pages.processes[0] = other
+    assert again.looks_like(found.pages, [here], SEED) == [None]
+    found.pages.processes[0] = known
     # Where the first one has changed, the next one tells.
     target.do("fill", name="a", at=0, count=5, what="unique")
     assert again.looks_like(found.pages, [here], SEED) == ["binary"]
