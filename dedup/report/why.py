@@ -152,13 +152,13 @@ class Why:
         return sorted(parts_of, key=lambda part: _weight(part.code, part.pages))
 
     def reason(self, region: int) -> str:
-        """Why KSM frees no more of a region, in words: the main reason."""
+        """Why KSM refuses a region, else what becomes of the most of it, in words."""
         where = self.scan.pages.regions[region]
         if not where.eligible:
             return where.why
         known = [code for code, n in self.by_region[region].items() if n is not None]
-        stays = [code for code in known if code not in FREED_CODES | NO_MEMORY]
-        return next((WORDS[code] for code in (*stays, *known)), NOTHING)
+        memory = [code for code in known if code not in NO_MEMORY]
+        return next((WORDS[code] for code in (*memory, *known)), NOTHING)
 
     def processes_of(self, content: Content) -> list[tuple[int, int]]:
         """Processes (indices) with a content and the pages in each, the most first."""

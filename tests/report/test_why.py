@@ -104,8 +104,8 @@ def test_processes_out_of_reach() -> None:
 
 
 def test_the_main_reason() -> None:
-    why = Why(make([[1, 1, 1], [1, 2, 3], []]))
-    assert why.reason(0) == WORDS["kept"]  # what merges is no reason
+    why = Why(make([[1, 1, 1], [1, 2, 3, 4], []]))
+    assert why.reason(0) == WORDS["duplicate"]
     assert why.reason(1) == WORDS["unique"]
     assert why.reason(2) == NOTHING
     assert all(r["why"] for r in checked(jsonout.scan_object(why.scan))["regions"])
