@@ -86,6 +86,8 @@ class Region:
     anon_huge_bytes: int = 0
     swap_bytes: int = 0
     ksm_bytes: int = 0
+    resident_bytes: int | None = None
+    """All that is mapped, pages of files included; None where the source does not tell."""
 
 
 @dataclass(slots=True)

@@ -150,3 +150,103 @@ def prctl_memory_merge(int on):
     cdef unsigned long nothing = 0
     if c_prctl(PR_SET_MEMORY_MERGE, <unsigned long>on, nothing, nothing, nothing) < 0:
         raise _os_error(errno, "prctl(PR_SET_MEMORY_MERGE)")
+
+
+# What a page looks like, as `look_like` says it.
+LOOK_NONE = 0        # not there any more, or not ours to read
+LOOK_CHANGED = 1
+LOOK_ZERO = 2
+LOOK_CONSTANT = 3
+LOOK_TEXT = 4
+LOOK_BINARY = 5
+cdef enum:
+    L_NONE = 0
+    L_CHANGED = 1
+    L_ZERO = 2
+    L_CONSTANT = 3
+    L_TEXT = 4
+    L_BINARY = 5
+    TEXT_LEAST_BYTES = 32
+    TEXT_PERCENT = 90
+
+
+def look_like(int mem_fd, int pagemap_fd, uint64_t address, int page_size, uint64_t seed,
+              uint64_t digest):
+    """Read a page once more and say what it looks like; its bytes stay here.
+
+    It is read only if it is present right before, through /proc/PID/mem, which harms no sharing.
+
+    Parameters
+    ----------
+    mem_fd, pagemap_fd : int
+        /proc/PID/mem and /proc/PID/pagemap.
+    address : int
+        Of the page.
+    page_size : int
+    seed, digest : int
+        The scan's seed, and the hash that the page had.
+
+    Returns
+    -------
+    int
+        `LOOK_*`: text is what consists, but for NUL bytes at its end, of at least 32 bytes, 90 %
+        of which are printable ASCII, white space, or characters in well-formed UTF-8.
+
+    Raises
+    ------
+    MemoryError
+    """
+    cdef uint8_t secret[192]
+    cdef uint8_t *page
+    cdef uint64_t entry = 0
+    cdef int64_t got
+    cdef int found = L_NONE
+    if _hash_page == NULL:
+        raise RuntimeError("no hash is loaded: call load_hash first")
+    page = <uint8_t *>aligned_alloc(page_size, page_size)
+    if page == NULL:
+        raise MemoryError
+    with nogil:
+        _make_secret(secret, seed)
+        got = _pread_all(pagemap_fd, &entry, 8, <int64_t>(address // <uint64_t>page_size) * 8)
+        if got == 8 and entry & PM_PRESENT:
+            if _pread_all(mem_fd, page, page_size, <int64_t>address) == page_size:
+                if _hash_page(page, page_size, secret, 192) != digest:
+                    found = L_CHANGED
+                elif _is_constant(page, page_size):
+                    found = L_ZERO if (<uint64_t *>page)[0] == 0 else L_CONSTANT
+                else:
+                    found = L_TEXT if _is_text(page, page_size) else L_BINARY
+        free(page)
+    return found
+
+
+cdef int _is_text(const uint8_t *page, int size) noexcept nogil:
+    cdef int i = 0, j, more, good = 0
+    cdef uint8_t c
+    while size and page[size - 1] == 0:
+        size -= 1
+    if size < TEXT_LEAST_BYTES:
+        return 0
+    while i < size:
+        c = page[i]
+        more = -1
+        if 0x20 <= c < 0x7f or 0x09 <= c <= 0x0d:
+            more = 0
+        elif 0xc2 <= c < 0xe0:
+            more = 1
+        elif 0xe0 <= c < 0xf0:
+            more = 2
+        elif 0xf0 <= c < 0xf5:
+            more = 3
+        if more > 0:
+            for j in range(1, more + 1):
+                if i + j >= size or page[i + j] & 0xc0 != 0x80:
+                    more = -1
+                    break
+        if more >= 0:
+            good += more + 1
+            i += more + 1
+        else:
+            i += 1
+    return good * 100 >= size * TEXT_PERCENT

@@ -30,7 +30,7 @@ def test_a_long_full_scan_takes_a_third_look(target: Target) -> None:
     assert not found.drifting
     # What is written to all the time was lost by the first looks; nothing else ever is.
     assert found.prediction.pages_sharing == pytest.approx(before - len(written), abs=12)
-    assert found.prediction.pages_volatile == pytest.approx(len(written), abs=8)
+    assert len(written) - 2 <= (found.prediction.pages_volatile or 0) < PAGES
 
 
 def test_nothing_written_is_nothing_to_extrapolate(target: Target) -> None:

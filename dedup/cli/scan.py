@@ -56,6 +56,10 @@ if TYPE_CHECKING:
     "--threads", type=click.IntRange(1, 1024), metavar="N",
     help="Reading threads; by default the cores that we may use.",
 )  # fmt: skip
+@click.option(
+    "--top", type=click.IntRange(min=0), metavar="N",
+    help="Contents to show, those that free the most: 5 by default, 10 with --json, 0 for none.",
+)  # fmt: skip
 @reports
 @click.option("--verbose", "-v", is_flag=True, help="Show all processes and regions.")
 def command(
@@ -68,6 +72,7 @@ def command(
     full_scan: float | None,
     seed: int | None,
     threads: int | None,
+    top: int | None,
     verbose: bool,
 ) -> int:
     """Predict what KSM would merge in live processes.
@@ -93,7 +98,7 @@ def command(
             ),
         )
     if output.json:
-        output.result(jsonout.scan_object(scan, by))
+        output.result(jsonout.scan_object(scan, by, jsonout.TOP if top is None else top))
     else:
         view = text.View(
             scan,
@@ -102,6 +107,7 @@ def command(
             width=output.width,
             plain=output.plain,
             choice=words_of(choice),
+            top=text.TOP_CONTENTS if top is None else top,
         )
         output.show(*view.result())
         output.advise(*(f"Warning: {other}" for other in others_at_the_knobs()), *view.advice())

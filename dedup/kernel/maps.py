@@ -27,6 +27,8 @@ class Mapping:
     anonymous_bytes: int
     anon_huge_bytes: int
     swap_bytes: int
+    resident_bytes: int
+    """All that is mapped, pages of files and hugetlb included; not the shared zero page."""
     ksm_bytes: int | None
     """Bytes of KSM pages mapped, None where the kernel does not tell (before Linux 6.6)."""
 
@@ -41,6 +43,7 @@ _MAPPING: Final = re.compile(
 _ANONYMOUS: Final = re.compile(rb"^Anonymous: +(\d+)", re.MULTILINE)
 _KSM: Final = re.compile(rb"^KSM: +(\d+)", re.MULTILINE)
 _HUGE: Final = re.compile(rb"^AnonHugePages: +(\d+)", re.MULTILINE)
+_RESIDENT: Final = re.compile(rb"^(?:Rss|Shared_Hugetlb|Private_Hugetlb): +(\d+)", re.MULTILINE)
 _SWAP: Final = re.compile(rb"^Swap: +(\d+)", re.MULTILINE)
 
 
@@ -77,6 +80,7 @@ def parse(text: bytes) -> list[Mapping]:
                 anonymous_bytes=_kilobytes(_ANONYMOUS, fields) or 0,
                 anon_huge_bytes=_kilobytes(_HUGE, fields) or 0,
                 swap_bytes=_kilobytes(_SWAP, fields) or 0,
+                resident_bytes=sum(map(int, _RESIDENT.findall(fields))) * 1024,
                 ksm_bytes=_kilobytes(_KSM, fields),
             )
         )

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -245,6 +245,48 @@ def look(
             range_target[which] if len(which) else which,
             [int(i) for i in job.dead_targets()],
         )
+
+
+LOOKS: Final = {
+    _core.LOOK_CHANGED: "changed",
+    _core.LOOK_ZERO: "zero",
+    _core.LOOK_CONSTANT: "constant",
+    _core.LOOK_TEXT: "text",
+    _core.LOOK_BINARY: "binary",
+}
+
+
+def look_like(handle: Handle, address: int, page_size: int, seed: int, digest: int) -> str | None:
+    """What one page looks like now: a word, its bytes stay in the core.
+
+    Read through /proc/PID/mem, and only if it is present: that harms nothing.
+
+    Parameters
+    ----------
+    handle : Handle
+    address : int
+    page_size : int
+    seed, digest : int
+        Of the scan, and the hash that the page had then.
+
+    Returns
+    -------
+    str or None
+        `zero`; `constant`: 8 bytes repeated throughout; `text`: but for NUL bytes at the end, at
+        least 32 bytes, 90 % of them printable ASCII, white space or well-formed UTF-8; `binary`:
+        anything else; `changed`: it has not that hash any more; None where it can't be read.
+
+    Raises
+    ------
+    dedup.errors.ProcessGone, dedup.errors.NotPermitted
+    """
+    load_hash(page_size)
+    with ExitStack() as stack:
+        mem = handle.open("mem")
+        stack.callback(os.close, mem)
+        entries = handle.open("pagemap")
+        stack.callback(os.close, entries)
+        return LOOKS.get(_core.look_like(mem, entries, address, page_size, seed, digest))
 
 
 def _prior_arrays(prior: Prior, targets: int) -> tuple[I64, I64, I64, I64]:

@@ -125,6 +125,17 @@ def present_ranges(fd: int, start: int, end: int) -> U64:
     )
 
 
+def zero_pages(fd: int, start: int, end: int) -> U64:
+    """Ranges that map the shared zero page: shape (n, 3) of start, end, categories.
+
+    Raises
+    ------
+    OSError
+        ENOTTY where the kernel has no PAGEMAP_SCAN.
+    """
+    return _core.pagemap_scan(fd, start, end, 0, _core.PAGE_IS_PFNZERO, 0)
+
+
 def mappings_of(frames: I64, proc: Path = PROC) -> I64:
     """How many mappings each frame has on the whole host (/proc/kpagecount, root only).
 

@@ -16,9 +16,12 @@ if TYPE_CHECKING:
     from dedup.errors import DedupError
     from dedup.pages import Process, Region, Skipped
     from dedup.report.summary import By, Service
+    from dedup.report.why import Part, Top, Why
     from dedup.scanning import Scan
 
 SCHEMA_VERSION: Final = 1
+TOP: Final = 10
+"""Contents shown."""
 
 
 def envelope(kind: str, **fields: Any) -> dict[str, Any]:
@@ -51,11 +54,13 @@ def host_object(kernel: str, page_size: int, tunables: Mapping[str, int | str]) 
     return {"kernel": kernel, "page_size": page_size, "ksm": dict(tunables) or None}
 
 
-def scan_object(scan: Scan, by: By | None = None) -> dict[str, Any]:
-    """A scan whole; with `by`, the ranking of services too."""
+def scan_object(scan: Scan, by: By | None = None, top: int = TOP) -> dict[str, Any]:
+    """A scan whole; with `by`, the ranking of services too; `top` contents that free the most."""
     from dedup.report import summary
+    from dedup.report.why import Why
 
     pages = scan.pages
+    why = Why(scan, top)
     counts = summary.by_region(pages)
     process_pages = summary.by_process(pages, counts.pages).tolist()
     data = envelope(
@@ -65,21 +70,33 @@ def scan_object(scan: Scan, by: By | None = None) -> dict[str, Any]:
         prediction=_prediction(scan),
         cost={"metadata_bytes": scan.prediction.metadata_bytes},
         processes=[
-            _process(p, n, prediction)
-            for p, n, prediction in zip(
-                pages.processes, process_pages, scan.prediction.processes, strict=True
-            )
-        ],
-        regions=[
-            _region(r, pages.processes[r.process].id.pid, n, duplicates, volatile)
-            for r, n, duplicates, volatile in zip(
-                pages.regions,
-                counts.pages.tolist(),
-                counts.duplicates.tolist(),
-                counts.volatile.tolist() if pages.looks > 1 else [None] * len(pages.regions),
+            _process(p, n, prediction, fate)
+            for p, n, prediction, fate in zip(
+                pages.processes,
+                process_pages,
+                scan.prediction.processes,
+                why.by_process(),
                 strict=True,
             )
         ],
+        regions=[
+            {
+                **_region(r, pages.processes[r.process].id.pid, n, duplicates, volatile),
+                "why": why.reason(i),
+                "pages_by_fate": why.by_region[i],
+            }
+            for i, (r, n, duplicates, volatile) in enumerate(
+                zip(
+                    pages.regions,
+                    counts.pages.tolist(),
+                    counts.duplicates.tolist(),
+                    counts.volatile.tolist() if pages.looks > 1 else [None] * len(pages.regions),
+                    strict=True,
+                )
+            )
+        ],
+        why_not_more=[_part(part, pages.page_size) for part in why.whole],
+        top_contents=[_top(i, t, why) for i, t in enumerate(why.contents, 1)],
     )
     if by is not None:
         data["by"] = by
@@ -110,6 +127,9 @@ def _scan_part(scan: Scan) -> dict[str, Any]:
         "passes": scan.passes,
         "interval_seconds": scan.interval_seconds if scan.passes > 1 else None,
         "full_scan_seconds": scan.full_scan_seconds,
+        "looks_seconds": scan.looks_seconds,
+        "drifting": scan.drifting,
+        "extrapolated": scan.extrapolated,
         "hash": "xxh3_64",
         "seed": scan.seed,
         "reader": {
@@ -151,7 +171,9 @@ def _prediction(scan: Scan) -> dict[str, Any]:
     return data
 
 
-def _process(process: Process, pages: int, prediction: Any) -> dict[str, Any]:
+def _process(
+    process: Process, pages: int, prediction: Any, fate: Mapping[str, int | None]
+) -> dict[str, Any]:
     from dedup.model.merge import PROCESS_FIELDS
 
     return {
@@ -164,6 +186,7 @@ def _process(process: Process, pages: int, prediction: Any) -> dict[str, Any]:
         "pages": pages,
         **{name: getattr(prediction, name) for name in PROCESS_FIELDS},
         "bounds": _bounds(prediction.bounds),
+        "pages_by_fate": dict(fate),
     }
 
 
@@ -177,7 +200,6 @@ def _region(
         "name": lossless(region.name),
         "perms": region.perms,
         "eligible": region.eligible,
-        "why": region.why,
         "advised": region.advised,
         "scanned": region.scanned,
         "pages": pages,
@@ -187,6 +209,35 @@ def _region(
         "anon_huge_bytes": region.anon_huge_bytes,
         "swap_bytes": region.swap_bytes,
         "ksm_bytes": region.ksm_bytes,
+    }
+
+
+def _part(part: Part, page_size: int) -> dict[str, Any]:
+    return {
+        "code": part.code,
+        "words": part.words,
+        "flag": part.flag,
+        "pages": part.pages,
+        "bytes": None if part.pages is None else part.pages * page_size,
+    }
+
+
+def _top(number: int, top: Top, why: Why) -> dict[str, Any]:
+    pages, content = why.scan.pages, top.content
+    low, high = content.frames_freed
+    size = pages.page_size
+    sizes = {"frames_freed": (low, high), "freed_bytes": (low * size, high * size)}
+    return {
+        "number": number,
+        "looks_like": top.looks_like,
+        "mappings": content.mappings,
+        "frames": content.frames,
+        **{name: a if a == b else None for name, (a, b) in sizes.items()},
+        "bounds": _bounds({name: span for name, span in sizes.items() if span[0] != span[1]}),
+        "processes": [
+            {"pid": pages.processes[p].id.pid, "pages": n} for p, n in why.processes_of(content)
+        ],
+        "regions": [{"name": lossless(name), "pages": n} for name, n in why.names_of(content)],
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 from rich.padding import Padding
@@ -13,6 +14,7 @@ from rich.text import Text
 from dedup.report import summary
 from dedup.report.hints import as_root, typable
 from dedup.report.names import ANONYMOUS, safe, shorten
+from dedup.report.why import FREED_CODES, KERNELS_OWN, NO_MEMORY, Why
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -22,15 +24,23 @@ if TYPE_CHECKING:
     from dedup.model.merge import ProcessPrediction
     from dedup.pages import Process, Region
     from dedup.report.summary import By, RegionPages
+    from dedup.report.why import Top
     from dedup.scanning import Scan
 
 TOP: Final = 8
 TOP_LEAST: Final = 3
 """Rows of a table, and of one in which nothing would merge."""
+TOP_CONTENTS: Final = 5
 NAME_LEAST: Final = 14
 """Columns that a name gets before others are left out for it."""
 TWO_COLUMNS_FROM: Final = 72
-KERNELS_OWN: Final = frozenset({"[vvar]", "[vvar_vclock]", "[vdso]", "[vsyscall]"})
+NAMES: Final = 2
+"""Names listed, where there are many."""
+DRIFTING: Final = (
+    "This memory is still changing its nature: no steady state can be given. "
+    "The figures are ranges."
+)
+NUMBERS: Final = {2: "two", 3: "three", 4: "four", 5: "five"}
 RUN_FILE: Final = "/sys/kernel/mm/ksm/run"
 LEFT_OUT_WORDS: Final = {
     "no-such-process": "no such process",
@@ -113,6 +123,8 @@ class View:
         Nothing but ASCII.
     choice : str
         The options that chose these processes, for commands to type next.
+    top : int
+        Contents shown.
     """
 
     scan: Scan
@@ -121,10 +133,13 @@ class View:
     width: int = 80
     plain: bool = False
     choice: str = "--pid N"
+    top: int = TOP_CONTENTS
     regions: RegionPages = field(init=False)
+    why: Why = field(init=False)
 
     def __post_init__(self) -> None:
         self.regions = summary.by_region(self.scan.pages)
+        self.why = Why(self.scan, self.top)
 
     # -- figures -------------------------------------------------------------------------------
 
@@ -143,9 +158,12 @@ class View:
     def result(self) -> list[RenderableType]:
         """The parts of the view, in order."""
         parts: list[RenderableType] = [self._headline()]
+        if self.scan.drifting:
+            parts.append(Text(DRIFTING, "bold yellow"))
         if self._known("frames_freed")[1] > 0:
             parts.append(self._account())
         parts += [Text(), *self._counters()]
+        parts += [*self._why_not_more(), *self._contents()]
         if self.by is not None:
             parts += [Text(), *self._services(self.by)]
         parts += [Text(), *self._processes(), Text(), *self._regions()]
@@ -237,6 +255,82 @@ class View:
         for row in rows:
             grid.add_row(*(word for cell in row for word in (f"  {cell[0]}", cell[1])))
         return [title, grid]
+
+    # -- why not more --------------------------------------------------------------------------
+
+    def _why_not_more(self) -> list[RenderableType]:
+        """Where all memory goes: what is freed, and why the rest is not."""
+        page = self.scan.pages.page_size
+        total = sum(p.pages or 0 for p in self.why.whole if p.code not in NO_MEMORY)
+        if not total:
+            return []
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        grid.add_column(justify="right", no_wrap=True)
+        grid.add_column(justify="right", no_wrap=True)
+        grid.add_column(ratio=1)
+        for part in self.why.whole:
+            if part.pages is None and part.code in NO_MEMORY:
+                continue
+            share = ""
+            if part.pages is not None and part.code not in NO_MEMORY:
+                share = self._share(part.pages, part.pages, max(1, total))
+                share = "<0.1%" if share == "0.0%" else share
+            grid.add_row(
+                "unknown" if part.pages is None else size(part.pages * page),
+                share,
+                part.words,
+                style="green" if part.code in FREED_CODES else "",
+            )
+        title = f"Why not more? Where {size(total * page)} of memory go"
+        return [Text(), Text(title, "bold"), Padding(grid, (0, 0, 0, 2))]
+
+    def _contents(self) -> list[RenderableType]:
+        """The contents that free the most."""
+        if not self.why.contents:
+            return []
+        page = self.scan.pages.page_size
+        rows = []
+        for number, t in enumerate(self.why.contents, 1):
+            low, high = t.content.frames_freed
+            frames = t.content.frames
+            rows.append(
+                [
+                    str(number),
+                    f"{t.content.mappings:,}",
+                    "unknown" if frames is None else f"{frames:,}",
+                    span(low * page, high * page, in_bytes=True),
+                    t.looks_like or "has ended",
+                    self._where(t),
+                ]
+            )
+        columns = [
+            Column("#", 1),
+            Column("COPIES", 3),
+            Column("FRAMES", 0),
+            Column("FREED", 6),
+            Column("LOOKS", 5, right=False),
+            Column("WHERE", 9, right=False),
+        ]
+        return [Text(), Text("Top contents: what frees the most", "bold"),
+                self._table(columns, rows)]  # fmt: skip
+
+    def _where(self, top: Top) -> str:
+        """Processes and regions with a content, as unsafe as their names."""
+        names = self.why.names_of(top.content)
+        words = ", ".join(name or ANONYMOUS for name, _ in names[:NAMES])
+        if len(names) > NAMES:
+            words += f" and {len(names) - NAMES} more"
+        processes = self.scan.pages.processes
+        if len(processes) == 1:
+            return words
+        counts: dict[str, int] = {}
+        for p, _ in self.why.processes_of(top.content):
+            counts[processes[p].name] = counts.get(processes[p].name, 0) + 1
+        most = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        who = ", ".join(f"{n}x {name}" if n > 1 else name for name, n in most[:NAMES])
+        if len(most) > NAMES:
+            who += f" and {sum(n for _, n in most[NAMES:])} more"
+        return f"{who}: {words}"
 
     # -- tables --------------------------------------------------------------------------------
 
@@ -391,7 +485,30 @@ class View:
                     "dim",
                 )
             )
+        if self.verbose:
+            parts += self._why_of_regions()
         return [*parts, *self._not_scanned()]
+
+    def _why_of_regions(self) -> list[RenderableType]:
+        """Where the memory of each region goes, the largest first."""
+        pages = self.scan.pages
+        most = sorted(
+            (-sum(n or 0 for n in parts.values()), i)
+            for i, parts in enumerate(self.why.by_region)
+            if pages.regions[i].scanned and parts.keys() - {"file"}
+        )
+        parts: list[RenderableType] = [Text("Where the memory of each region goes", "bold")]
+        for _, i in most:
+            region = pages.regions[i]
+            where = f"{region.start:x} {safe(region.name or ANONYMOUS, plain=self.plain)}"
+            if len(pages.processes) > 1:
+                where = f"{pages.processes[region.process].id.pid} {where}"
+            goes = ", ".join(
+                f"{code.replace('_', ' ')} {'?' if n is None else size(n * pages.page_size)}"
+                for code, n in self.why.by_region[i].items()
+            )
+            parts.append(self._line(f"{where}: {goes}"))
+        return parts if most else []
 
     def _each_region(self) -> list[_Row]:
         pages = self.scan.pages
@@ -504,6 +621,13 @@ class View:
             return (
                 "One look: what changes all the time can't be told from what stays, so "
                 "pages_volatile is unknown and savings may be less. `--passes 2` tells."
+            )
+        if scan.extrapolated:
+            gaps = [b - a for a, b in pairwise(scan.looks_seconds)]
+            return (
+                f"ksmd's full scan takes {full}; looks were "
+                f"{max(gaps, default=scan.interval_seconds):.3g} s apart at the most; the steady "
+                f"state is extrapolated from {NUMBERS.get(scan.passes, str(scan.passes))} looks."
             )
         words = f"{scan.passes} looks, {scan.interval_seconds:.3g} s apart. "
         if scan.full_scan_seconds > scan.interval_seconds:

@@ -330,6 +330,7 @@ class LiveSource:
             anon_huge_bytes=m.anon_huge_bytes,
             swap_bytes=m.swap_bytes,
             ksm_bytes=m.ksm_bytes or 0,
+            resident_bytes=m.resident_bytes,
         )
         if not self.spans:
             yield whole

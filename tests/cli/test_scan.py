@@ -295,3 +295,30 @@ def test_hostile_names(dedup: Dedup, start: Start) -> None:
     assert "\x1b" not in text
     scan = dedup("scan", "--pid", str(target.pid), *QUICK, "--json").json
     assert scan["processes"][0]["name"] == "\x1b[31m\\xff\u202e"
+
+
+def test_top_contents(dedup: Dedup, start: Start) -> None:
+    processes = [start(name="top-target"), start(name="top-target")]
+    args = ("scan", "--name", "top-target", *QUICK)
+    scan = dedup(*args, "--json", "--top", "3").json
+    assert len(scan["top_contents"]) == 3
+    best = max(scan["top_contents"], key=lambda c: c["mappings"])
+    assert best["mappings"] == 2 * EQUAL_PAGES
+    assert {p["pid"] for p in best["processes"]} == {p.pid for p in processes}
+    assert best["looks_like"] == "binary"  # nine letters alone are no text
+    text = dedup(*args, "--top", "1").out
+    assert "Top contents: what frees the most" in text
+    assert "binary" in text
+    assert "2x top-target" in text
+    assert "Top contents" not in dedup(*args, "--top", "0").out
+    assert dedup("scan", "--pid", "1", "--top", "-1").status == 2
+
+
+def test_why_not_more(dedup: Dedup, target: subprocess.Popen[str]) -> None:
+    scan = dedup("scan", "--pid", str(target.pid), *QUICK, "--json").json
+    parts = {p["code"]: p["pages"] for p in scan["why_not_more"]}
+    # What was scanned is all there, each page once; memory itself is in bytes by KSM's terms.
+    elsewhere = {"swapped", "out_of_scope", "not_eligible", "file", "zero_page", "gone", "left_out"}
+    assert sum(n for code, n in parts.items() if code not in elsewhere) == scan["scan"]["pages"]
+    assert scan["processes"][0]["pages_by_fate"].keys() >= parts.keys() - {"not_eligible"}
+    assert "Why not more?" in dedup("scan", "--pid", str(target.pid), *QUICK).out

@@ -122,6 +122,16 @@ def test_errors() -> None:
     assert data["error"]["hint"]
 
 
+def test_looks_in_the_json() -> None:
+    scan = make([[1, 1]])
+    found = checked(jsonout.scan_object(scan))["scan"]
+    assert (found["drifting"], found["extrapolated"], found["looks_seconds"]) == (None, False, [])
+    scan.drifting, scan.extrapolated, scan.looks_seconds = True, True, [0.0, 1.5, 5.0]
+    found = checked(jsonout.scan_object(scan))["scan"]
+    assert (found["drifting"], found["extrapolated"]) == (True, True)
+    assert found["looks_seconds"] == [0.0, 1.5, 5.0]
+
+
 HOST = jsonout.host_object("6.18.0", PAGE, {})
 RESTORED = [
     {"path": "/sys/kernel/mm/ksm/run", "value": "0", "found": "1", "outcome": "restored", "why": ""}
@@ -160,7 +170,10 @@ def test_other_kinds(data: dict[str, Any]) -> None:
     checked(data)
 
 
-@pytest.mark.parametrize("missing", ["host", "scan", "prediction", "processes", "regions", "cost"])
+@pytest.mark.parametrize(
+    "missing",
+    ["host", "scan", "prediction", "processes", "regions", "cost", "why_not_more", "top_contents"],
+)
 def test_the_schema_is_strict(missing: str) -> None:
     data = jsonout.scan_object(make([[1, 1]]))
     del data[missing]

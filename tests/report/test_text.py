@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,6 +14,8 @@ from dedup.report import text
 from .scans import TUNABLES, ZERO, make, region
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from dedup.scanning import Scan
 
 HOSTILE = os.fsdecode(b"\x1b[2J\xff\xe2\x80\xae[red]" + b"x" * 200 + "文字".encode() * 30)
@@ -31,7 +34,23 @@ def flat(lines: list[str]) -> str:
     return " ".join(" ".join(lines).split())
 
 
-SCANS = {
+def drifting() -> Scan:
+    scan = make([[1] * 5, [2, 3]])
+    scan.drifting = True
+    scan.prediction = replace(
+        scan.prediction, frames_freed=None, pages_sharing=None,
+        bounds={"frames_freed": (1, 4), "pages_sharing": (1, 4)},
+    )  # fmt: skip
+    return scan
+
+
+def extrapolated() -> Scan:
+    scan = make([[1] * 5], full_scan_seconds=300)
+    scan.extrapolated, scan.passes, scan.looks_seconds = True, 3, [0.0, 1.25, 5.0]
+    return scan
+
+
+SCANS: dict[str, Callable[[], Scan]] = {
     "plain": lambda: make([[1, 1, 2, ZERO, ZERO], [1, 3, ZERO]]),
     "many": lambda: make([[1, 2, p + 10] for p in range(40)]),
     "big": lambda: make([[1] * 3_000_000]),
@@ -53,6 +72,8 @@ SCANS = {
             region(0, 200, 1, "[vdso]", eligible=False, scanned=False, why="special"),
         ),
     ),
+    "drifting": drifting,
+    "extrapolated": extrapolated,
     "swap": lambda: make([[1, 1]], extra_regions=(region(0, 99, 5, swap_bytes=8 << 20),)),
 }
 
@@ -105,6 +126,53 @@ def test_ranges_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     leftover = flat(render(SCANS["leftover"](), monkeypatch))
     assert "99 to 100" in leftover
     assert "order in which ksmd comes by" in leftover
+
+
+def test_memory_that_drifts(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = flat(render(drifting(), monkeypatch))
+    assert "This memory is still changing its nature: no steady state can be given" in lines
+    assert "KSM would free 4.0 KiB to 16.0 KiB (1 to 4 pages)" in lines
+    assert "changing its nature" not in flat(render(make([[1, 1]]), monkeypatch))
+
+
+def test_an_extrapolation_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (
+        "ksmd's full scan takes 300 s; looks were 3.75 s apart at the most; the steady state is "
+        "extrapolated from three looks."
+    ) in flat(render(extrapolated(), monkeypatch))
+
+
+def test_why_not_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = render(SCANS["plain"](), monkeypatch)
+    at = lines.index("Why not more? Where 32.0 KiB of memory go")
+    assert lines[at + 1 : at + 5] == [
+        "  8.0 KiB  25%  copies of other pages: merged and freed",
+        "  8.0 KiB  25%  all-zero pages: merged and freed",
+        "  8.0 KiB  25%  the one copy of each content that stays for all to share",
+        "  8.0 KiB  25%  unique: no other page is like it",
+    ]
+    extra = region(0, 99, 5, "/dev/shm/x", perms="rw-s", eligible=False, scanned=False, why="shm")
+    assert "unknown shm" in flat(render(make([[1]], extra_regions=(extra,)), monkeypatch))
+
+
+def test_why_of_each_region(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = flat(render(make([[1, 1, 2], [3]], region_name="a"), monkeypatch, verbose=True))
+    assert "100 10000 a: duplicate 4.0 KiB, kept 4.0 KiB, unique 4.0 KiB" in lines
+    assert "101 1010000 a: unique 4.0 KiB" in lines
+    assert "10000 a: dup" not in flat(render(make([[1, 1]], region_name="a"), monkeypatch))
+
+
+def test_top_contents(monkeypatch: pytest.MonkeyPatch) -> None:
+    scan = make([[ZERO, ZERO, 1, 1], [ZERO], [1]], region_name="[heap]", name="redis")
+    lines = render(scan, monkeypatch)
+    at = lines.index("Top contents: what frees the most")
+    assert [line.split() for line in lines[at + 1 : at + 4]] == [
+        ["#", "COPIES", "FRAMES", "FREED", "LOOKS", "WHERE"],
+        ["1", "3", "3", "8.0", "KiB", "zero", "2x", "redis:", "[heap]"],
+        ["2", "3", "3", "8.0", "KiB", "has", "ended", "2x", "redis:", "[heap]"],
+    ]
+    assert "Top contents" not in flat(render(scan, monkeypatch, top=0))
+    assert "1 1,000,000" not in flat(render(make([[1, 2]]), monkeypatch))
 
 
 def test_looks(monkeypatch: pytest.MonkeyPatch) -> None:
