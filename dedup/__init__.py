@@ -94,7 +94,7 @@ def scan(
 
     for name, good in {
         "scope": scope in {"compatible", "advised"},
-        "passes": _is_count(passes, 1),
+        "passes": passes is None or _is_count(passes, 1),
         "threads": threads is None or _is_count(threads, 1),
         "seed": seed is None or (_is_count(seed, 0) and seed < 1 << 64),
         "interval_seconds": interval_seconds is None or 0 <= interval_seconds < float("inf"),

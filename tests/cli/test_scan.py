@@ -29,7 +29,7 @@ def test_one_process(dedup: Dedup, target: subprocess.Popen[str]) -> None:
     scan = result.json
     assert scan["scan"]["complete"] is True
     assert scan["scan"]["passes"] == 2
-    assert scan["scan"]["interval_seconds"] == 0.05
+    assert 0.05 <= scan["scan"]["interval_seconds"] < 1
     assert [p["pid"] for p in scan["processes"]] == [target.pid]
     region = biggest(scan)
     assert region["pages"] == region["duplicate_pages"] == EQUAL_PAGES
