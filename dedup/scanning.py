@@ -15,7 +15,7 @@ from dedup import grouping
 from dedup.errors import Unsupported, Usage
 from dedup.kernel import processes
 from dedup.kernel.ksm import Ksm
-from dedup.model import merge, steady
+from dedup.model import merge, smart, steady
 from dedup.pages import Flag
 from dedup.sources.live import LiveSource, Options, Span, mark_outside, wait_until
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from dedup.kernel.memory import Tally
     from dedup.model.merge import Prediction, Rules
+    from dedup.model.smart import SmartScan
     from dedup.pages import Groups, Pages
 
 PACE_SECONDS: Final = 0.3
@@ -86,6 +87,8 @@ class Scan:
     """Whether the steady state lies beyond the last look."""
     drifting: bool | None = None
     """Whether the memory is still changing its nature; None where one look can't know."""
+    smart_scan: SmartScan | None = None
+    """The outcome with smart scan on; None where this kernel has no smart scan."""
 
     @property
     def complete(self) -> bool:
@@ -257,6 +260,7 @@ class _Looking:
             looks_seconds=[t - begin for t in self.began],
             extrapolated=extrapolated,
             drifting=drifts,
+            smart_scan=self._smart(pages, prediction),
         )
 
     def _look_on(self, pages: Pages) -> bool:
@@ -339,3 +343,18 @@ class _Looking:
             self._steady_seconds() / unit,
             pages.page_size,
         )
+
+    def _smart(self, pages: Pages, prediction: Prediction) -> SmartScan | None:
+        if self.tunables and "smart_scan" not in self.tunables:
+            return None
+        threads = self.source.tally.threads
+        found = smart.forecast(
+            pages, self.groups, self.rules, prediction, lambda p: grouping.group(p, threads)
+        )
+        if not self.alone:
+            return found
+        # Unmerged, a page is visited every ninth scan: it has to last for so much longer.
+        at_once = steady.merged(self.alone[0])
+        last = steady.merged(self.predictions[-1])
+        times = max(1.0, smart.PERIOD * self._steady_seconds() / self.began[-1])
+        return smart.slowed(found, (last / at_once) ** times if at_once else 1.0, pages.page_size)

@@ -109,7 +109,7 @@ def kept(
 
 def merged(prediction: Prediction) -> float:
     """Pages merged or mapped to the shared zero page, the middle where it is a range."""
-    return (sum(_span(prediction, "pages_sharing")) + sum(_span(prediction, "ksm_zero_pages"))) / 2
+    return (sum(span(prediction, "pages_sharing")) + sum(span(prediction, "ksm_zero_pages"))) / 2
 
 
 def seen(predictions: Sequence[Prediction]) -> Prediction:
@@ -134,7 +134,7 @@ def _from_lowest_to_highest(last: P, names: Sequence[str], several: Sequence[P])
     values: dict[str, Any] = {}
     bounds: dict[str, tuple[int, int]] = {}
     for name in names:
-        spans = [_span(p, name) for p in several if _is_known(p, name)]
+        spans = [span(p, name) for p in several if _is_known(p, name)]
         if not spans:
             continue
         low, high = min(s[0] for s in spans), max(s[1] for s in spans)
@@ -156,7 +156,7 @@ class _Three:
 
     def figure(self, name: str) -> tuple[int, int, int]:
         """Value, lowest and highest of a field, pages."""
-        return self._kept([_span(p, name) for p in (self.first, self.second, self.third)])
+        return self._kept([span(p, name) for p in (self.first, self.second, self.third)])
 
     def of_process(self, index: int, name: str) -> tuple[int, int, int]:
         """The same of a process."""
@@ -165,13 +165,13 @@ class _Three:
             # A process that was not there at the first look changed nothing since.
             known = prediction.processes
             one = known[index] if index < len(known) else self.third.processes[index]
-            spans.append(_span(one, name))
+            spans.append(span(one, name))
         return self._kept(spans)
 
     def steady_pages(self, rmap_items: int) -> int:
         """Pages that keep their content, of `rmap_items`."""
         first, second, third = (
-            max(0.0, rmap_items - sum(_span(p, "pages_volatile")) / 2)
+            max(0.0, rmap_items - sum(span(p, "pages_volatile")) / 2)
             for p in (self.first, self.second, self.third)
         )
         return round(kept(first, second, third, self.distance, self.elapsed)[0])
@@ -212,12 +212,12 @@ def extrapolate(
     names = ("pages_shared", "pages_sharing", "ksm_zero_pages", "stable_node_chains",
              "stable_node_dups", "frames_freed", "thp_split")  # fmt: skip
     found = {name: three.figure(name) for name in names if _is_known(last, name)}
-    items = sum(sum(_span(p, "ksm_rmap_items")) for p in last.processes) // 2
+    items = sum(sum(span(p, "ksm_rmap_items")) for p in last.processes) // 2
     merged = found["pages_shared"][0] + found["pages_sharing"][0]
     steady = max(merged, three.steady_pages(items))
     least = found["pages_shared"][1] + found["pages_sharing"][1]
     found["pages_unshared"] = (steady - merged, 0, max(0, items - least))
-    seen = min(_span(last, "pages_volatile")[0], items - steady)
+    seen = min(span(last, "pages_volatile")[0], items - steady)
     found["pages_volatile"] = (items - steady, seen, items)
     for name, unit in (("general_profit", "pages_sharing"), ("saved_bytes", "frames_freed")):
         value, low, high = (_money(last, name, unit, n, page_size) for n in found[unit])
@@ -247,8 +247,8 @@ def _bounds(found: dict[str, tuple[int, int, int]]) -> dict[str, tuple[int, int]
 
 def _money(last: Prediction, name: str, unit: str, pages: int, page_size: int) -> int:
     """Bytes of a figure whose pages are fewer now; KSM's own records stay."""
-    bytes_low, bytes_high = _span(last, name)
-    pages_low, pages_high = _span(last, unit)
+    bytes_low, bytes_high = span(last, name)
+    pages_low, pages_high = span(last, unit)
     return (bytes_low + bytes_high) // 2 + (pages - (pages_low + pages_high) // 2) * page_size
 
 
@@ -256,7 +256,7 @@ def _process(three: _Three, index: int, page_size: int) -> ProcessPrediction:
     last = three.third.processes[index]
     merging = three.of_process(index, "ksm_merging_pages")
     zero = three.of_process(index, "ksm_zero_pages")
-    items = _span(last, "ksm_rmap_items")
+    items = span(last, "ksm_rmap_items")
     records = sum(items) // 2 * RMAP_ITEM_BYTES
     profit = [(m + z) * page_size - records for m, z in zip(merging, zero, strict=True)]
     found = {
@@ -268,7 +268,8 @@ def _process(three: _Three, index: int, page_size: int) -> ProcessPrediction:
     return replace(last, **_values(last, found), bounds=spans | _bounds(found))
 
 
-def _span(p: Prediction | ProcessPrediction, name: str) -> tuple[int, int]:
+def span(p: Prediction | ProcessPrediction, name: str) -> tuple[int, int]:
+    """A field from lowest to highest; 0 where it is unknown."""
     value = getattr(p, name)
     return (value, value) if value is not None else p.bounds.get(name, (0, 0))
 
