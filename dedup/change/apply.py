@@ -122,6 +122,7 @@ def apply(
             progress,
             slack_pages=max(tolerance, scan.scanned_pages // STILL_FRACTION),
             settled=None if alone else lambda: _settled(pids),
+            least_scans=_least_scans(scan, smart=bool(ksm.tunables().get("smart_scan", 0))),
         )
         if tunables is not None:
             tunables.require_unchanged()
@@ -130,9 +131,7 @@ def apply(
         counted = _read_all(pids)
         result = Application(
             scan=scan,
-            comparison=verify.compare(scan.prediction, ksm.counters())
-            if alone
-            else _compare_sums(scan, counted),
+            comparison=_compare(scan, ksm) if alone else _compare_sums(scan, counted),
             by_process=not alone,
             processes=_outcomes(scan, counted),
             full_scans=done.full_scans,
@@ -143,8 +142,6 @@ def apply(
             smart_scan=bool(ksm.tunables().get("smart_scan", 0)),
             warnings=others_at_the_knobs(),
         )
-        if result.smart_scan:
-            result.comparison = _unshared_and_volatile_as_one(result.comparison)
     if tunables is not None:
         result.restored = tunables.restored
     return result
@@ -161,6 +158,22 @@ def require_mergeable(scan: Scan) -> None:
         raise NotMergeable(
             "none of the chosen processes' memory is mergeable (no mapping has VmFlags `mg`)"
         )
+
+
+def _compare(scan: Scan, ksm: Ksm) -> verify.Comparison:
+    counters = ksm.counters()
+    if scan.smart_scan is not None and ksm.tunables().get("smart_scan", 0):
+        return verify.compare_smart(scan.smart_scan, counters)
+    return verify.compare(scan.prediction, counters)
+
+
+def _least_scans(scan: Scan, *, smart: bool) -> int:
+    """Full scans to wait for: where pages of different age must meet, until the last of them do."""
+    usual = wait.LEAST_SCANS + wait.STILL_SCANS
+    if not smart or scan.smart_scan is None:
+        return usual
+    latest = scan.smart_scan.bounds.get("full_scans", (0, 0))[1]
+    return max(usual, latest + wait.STILL_SCANS)
 
 
 def _tolerance(scan: Scan) -> int:
@@ -228,27 +241,3 @@ def _outcomes(scan: Scan, counted: dict[int, ProcessCounters]) -> list[ProcessOu
         comparison = verify.compare_process(predicted, actual) if actual else None
         out.append(ProcessOutcome(pid, process.name, comparison))
     return out
-
-
-def _unshared_and_volatile_as_one(c: verify.Comparison) -> verify.Comparison:
-    """With smart scan on, pages that ksmd passes over count as volatile: only the sum holds."""
-    if "pages_unshared" not in c.actual:
-        return c
-    predicted, actual = dict(c.predicted), dict(c.actual)
-    unshared, volatile = predicted["pages_unshared"], predicted["pages_volatile"]
-    actual["pages_unshared"] += actual["pages_volatile"]
-    predicted["pages_unshared"] = (
-        None if unshared is None or volatile is None else unshared + volatile
-    )
-    del predicted["pages_volatile"], actual["pages_volatile"]
-    return verify.Comparison(
-        {
-            ("pages_unshared_and_volatile" if k == "pages_unshared" else k): v
-            for k, v in predicted.items()
-        },
-        {
-            ("pages_unshared_and_volatile" if k == "pages_unshared" else k): v
-            for k, v in actual.items()
-        },
-        {k: v for k, v in c.bounds.items() if k not in {"pages_unshared", "pages_volatile"}},
-    )

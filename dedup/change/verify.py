@@ -11,9 +11,12 @@ from dedup.model.merge import FIELDS, PROCESS_FIELDS
 if TYPE_CHECKING:
     from dedup.kernel.ksm import ProcessCounters
     from dedup.model.merge import Prediction, ProcessPrediction
+    from dedup.model.smart import SmartScan
 
 COUNTERS: Final = tuple(n for n in FIELDS if n in {f.name for f in fields(Counters)})
 """Predicted figures that the kernel counts."""
+SMART_COUNTERS: Final = ("pages_shared", "pages_sharing", "ksm_zero_pages", "general_profit")
+"""Of these, what smart scan leaves to be told one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,17 @@ def compare(prediction: Prediction, actual: Counters) -> Comparison:
         {name: getattr(prediction, name) for name in COUNTERS},
         {name: getattr(actual, name) for name in COUNTERS},
         {k: v for k, v in prediction.bounds.items() if k in COUNTERS},
+    )
+
+
+def compare_smart(forecast: SmartScan, actual: Counters) -> Comparison:
+    """Global counters with smart scan on: unshared and volatile as one."""
+    counted = {name: getattr(actual, name) for name in SMART_COUNTERS}
+    counted["pages_unshared_and_volatile"] = actual.pages_unshared + actual.pages_volatile
+    return Comparison(
+        {name: getattr(forecast, name) for name in counted},
+        counted,
+        {k: v for k, v in forecast.bounds.items() if k in counted},
     )
 
 

@@ -38,6 +38,7 @@ def converge(
     progress: Callable[[Counters], None] | None = None,
     settled: Callable[[], tuple[int, ...]] | None = None,
     slack_pages: int = 0,
+    least_scans: int = LEAST_SCANS + STILL_SCANS,
 ) -> Convergence:
     """Wait until the counters stand still. Read them once ksmd rests: a scan moves them.
 
@@ -51,6 +52,8 @@ def converge(
         What must stand still; by default KSM's own counters.
     slack_pages : int
         By which figures may still move, where processes go on writing.
+    least_scans : int
+        Full scans to wait for in any case; with smart scan on, old pages are visited seldom.
 
     Raises
     ------
@@ -70,10 +73,7 @@ def converge(
         ):
             last, since = figures, now.full_scans
         # A scan is under way when the figures are read: one more makes it whole.
-        if (
-            now.full_scans - first >= LEAST_SCANS + STILL_SCANS
-            and now.full_scans - since > STILL_SCANS
-        ):
+        if now.full_scans - first >= least_scans and now.full_scans - since > STILL_SCANS:
             return Convergence(now, now.full_scans - first, time.monotonic() - begin)
         if progress is not None:
             progress(now)

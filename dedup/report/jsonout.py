@@ -6,6 +6,7 @@ duration in `_seconds`.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any, Final
 
 from dedup.report.names import lossless
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from dedup.errors import DedupError
+    from dedup.model.smart import SmartScan
     from dedup.pages import Process, Region, Skipped
     from dedup.report.summary import By, Service
     from dedup.report.why import Part, Top, Why
@@ -68,6 +70,7 @@ def scan_object(scan: Scan, by: By | None = None, top: int = TOP) -> dict[str, A
         host=host_object(scan.kernel, pages.page_size, scan.tunables),
         scan=_scan_part(scan),
         prediction=_prediction(scan),
+        smart_scan=_smart(scan.smart_scan),
         cost={"metadata_bytes": scan.prediction.metadata_bytes},
         processes=[
             _process(p, n, prediction, fate)
@@ -169,6 +172,13 @@ def _prediction(scan: Scan) -> dict[str, Any]:
         "across_process_pages": prediction.breakdown.across_processes,
     }
     return data
+
+
+def _smart(smart: SmartScan | None) -> dict[str, Any] | None:
+    """The outcome with smart scan on; null where the kernel has none."""
+    if smart is None:
+        return None
+    return {**dataclasses.asdict(smart), "bounds": _bounds(smart.bounds)}
 
 
 def _process(

@@ -576,7 +576,7 @@ class View:
 
     def _notes(self) -> list[RenderableType]:
         scan = self.scan
-        words = [self._looks()]
+        words = [self._looks(), *filter(None, [self._smart()])]
         swapped = sum(r.swap_bytes for r in scan.pages.regions if r.scanned)
         if swapped:
             words.append(
@@ -613,6 +613,22 @@ class View:
             listed += ", ..."
         words = LEFT_OUT_WORDS.get(entry.code, entry.code)
         return f"{len(entry.pids)} processes, {words}: {listed}"
+
+    def _smart(self) -> str:
+        """What smart scan changes; empty where nothing, or where it is off."""
+        smart = self.scan.smart_scan
+        if smart is None or not self.scan.tunables.get("smart_scan"):
+            return ""
+        if "pages_sharing" not in smart.bounds:
+            return ""
+        low, high = smart.bounds["pages_sharing"]
+        words = f"With smart scan on, as here, pages_sharing ends between {low:,} and {high:,}"
+        if smart.never_merging_pages is None:
+            words += (
+                f": {smart.bounds['never_merging_pages'][1]:,} equal pages became mergeable at "
+                "different times, and may never be looked at in the same scan"
+            )
+        return words + ". `echo 0 > /sys/kernel/mm/ksm/smart_scan` merges all."
 
     def _looks(self) -> str:
         scan = self.scan
