@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from dedup.change import verify, wait
@@ -13,10 +13,11 @@ from dedup.kernel import ksm as ksm_interface
 from dedup.kernel import meminfo
 from dedup.kernel.ksm import RUN_MERGE, RUN_STOP, Ksm
 from dedup.kernel.processes import Handle
-from dedup.scanning import Plan, Scan, scan_pids
+from dedup.model import merge, steady
+from dedup.scanning import Plan, Scan, rules_of, scan_pids
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from dedup.change.journal import Restored
     from dedup.kernel.ksm import Counters, ProcessCounters
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
 TIMEOUT_SECONDS: Final = 600.0
 STILL_FRACTION: Final = 2000
 """A running program moves a page in so many all the time; ksmd has converged all the same."""
+
+DECIDING: Final = ("max_page_sharing", "use_zero_pages", "merge_across_nodes")
+"""Tunables that decide what merges."""
+OURS: Final = ("run", "smart_scan")
+"""Tunables that we change ourselves."""
 
 SUMMED: Final = ("ksm_rmap_items", "ksm_zero_pages", "ksm_merging_pages", "ksm_process_profit")
 
@@ -129,6 +135,12 @@ def apply(
             # A scan under way moves the counters: at rest they are whole.
             tunables.set("run", RUN_STOP)
         counted = _read_all(pids)
+        now, alone = ksm.tunables(), alone and _alone(ksm, pids)
+        warnings = [*others_at_the_knobs(), *_changed(scan.tunables, now)]
+        scan = _under_both(scan, now)
+        if ksm.running:
+            # Each page that ksmd visits is in neither tree for a moment.
+            tolerance = max(tolerance, 1)
         result = Application(
             scan=scan,
             comparison=_compare(scan, ksm) if alone else _compare_sums(scan, counted),
@@ -139,8 +151,8 @@ def apply(
             memory_before=before,
             memory_after=meminfo.read(),
             tolerance_pages=tolerance,
-            smart_scan=bool(ksm.tunables().get("smart_scan", 0)),
-            warnings=others_at_the_knobs(),
+            smart_scan=bool(now.get("smart_scan", 0)),
+            warnings=warnings,
         )
     if tunables is not None:
         result.restored = tunables.restored
@@ -165,6 +177,31 @@ def _compare(scan: Scan, ksm: Ksm) -> verify.Comparison:
     if scan.smart_scan is not None and ksm.tunables().get("smart_scan", 0):
         return verify.compare_smart(scan.smart_scan, counters)
     return verify.compare(scan.prediction, counters)
+
+
+def _changed(before: Mapping[str, int | str], now: Mapping[str, int | str]) -> list[str]:
+    """Tunables that somebody else changed since the scan, and what that means: a sentence each."""
+    found = []
+    for name, value in now.items():
+        if name in OURS or before.get(name) == value:
+            continue
+        effect = (
+            "pages merged before and after follow different rules, so the prediction is a range"
+            if name in DECIDING
+            else "it changes the time, not the outcome"
+        )
+        found.append(f"{name} changed from {before.get(name)} to {value} meanwhile: {effect}")
+    return found
+
+
+def _under_both(scan: Scan, now: Mapping[str, int | str]) -> Scan:
+    """The scan, predicted for the tunables before and after where somebody changed them."""
+    if all(scan.tunables.get(name) == now.get(name) for name in DECIDING):
+        return scan
+    after = merge.predict(scan.pages, scan.groups, rules_of(dict(now)))
+    both = steady.seen([scan.prediction, after])
+    # By smart scan's forecast too, since that has one number for the old rules alone.
+    return replace(scan, prediction=both, smart_scan=None)
 
 
 def _least_scans(scan: Scan, *, smart: bool) -> int:
