@@ -23,8 +23,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+
 from dedup.change.tunables import Tunables
 from dedup.kernel.ksm import Ksm
+from dedup.pages import FRAME_MASK, Flag
 from dedup.scanning import CLOCK_MONOTONIC_COARSE, Plan, scan_pids
 from dedup.sources.live import Options
 
@@ -111,6 +114,9 @@ class Row:
     lowest: int
     highest: int
     one_look: float
+    overstated_most: int | None
+    really_overstated: float
+    """`pages_sharing` less what pagemap says is shared, in the mean."""
 
     @property
     def error(self) -> float | None:
@@ -186,6 +192,13 @@ def wait_scans(ksm: Ksm, scans: int) -> None:
         time.sleep(0.005)
 
 
+def ahead_of_memory(ksm: Ksm, pids: list[int]) -> int:
+    """`pages_sharing` less the mappings that really share a KSM page now."""
+    word = scan_pids(pids, Plan(options=Options(scope="advised"), passes=1)).pages.frames
+    merged = word[(word & Flag.KSM) != 0] & FRAME_MASK
+    return ksm.counters().pages_sharing - (len(merged) - len(np.unique(merged)))
+
+
 def measure(load: str, pids: list[int], tunables: Tunables, ksm: Ksm, full: float) -> Row:
     """Scan while ksmd rests, then let it run, and compare."""
     tunables.set("run", 2)
@@ -207,6 +220,7 @@ def measure(load: str, pids: list[int], tunables: Tunables, ksm: Ksm, full: floa
         samples.append(now.pages_sharing)
         time.sleep(0.01)
     took = (time.monotonic() - begin) / SCANS
+    ahead = [ahead_of_memory(ksm, pids) for _ in range(9)]
     prediction = scan.prediction
     return Row(
         load=load,
@@ -221,6 +235,8 @@ def measure(load: str, pids: list[int], tunables: Tunables, ksm: Ksm, full: floa
         lowest=min(samples),
         highest=max(samples),
         one_look=float(one.prediction.pages_sharing or 0),
+        overstated_most=scan.overstated_most_pages,
+        really_overstated=sum(ahead) / len(ahead),
     )
 
 
@@ -254,6 +270,7 @@ def main() -> None:
                         f" {row.bounds or ''} mean {row.mean:.0f}"
                         f" ({row.lowest} to {row.highest}) {error}"
                         f" one look {row.one_look / row.mean - 1:+.1%}"
+                        f" overstated {row.really_overstated:.0f} (said up to {row.overstated_most})"
                         f"{' DRIFTING' if row.drifting else ''}",
                         flush=True,
                     )

@@ -87,6 +87,8 @@ class Scan:
     """Whether the steady state lies beyond the last look."""
     drifting: bool | None = None
     """Whether the memory is still changing its nature; None where one look can't know."""
+    overstated_most_pages: int | None = None
+    """So many of `pages_sharing`, at the most, are not shared any more at any moment."""
     smart_scan: SmartScan | None = None
     """The outcome with smart scan on; None where this kernel has no smart scan."""
 
@@ -260,6 +262,7 @@ class _Looking:
             looks_seconds=[t - begin for t in self.began],
             extrapolated=extrapolated,
             drifting=drifts,
+            overstated_most_pages=self._overstated(prediction) if drifts is False else None,
             smart_scan=self._smart(pages, prediction),
         )
 
@@ -358,3 +361,12 @@ class _Looking:
         last = steady.merged(self.predictions[-1])
         times = max(1.0, smart.PERIOD * self._steady_seconds() / self.began[-1])
         return smart.slowed(found, (last / at_once) ** times if at_once else 1.0, pages.page_size)
+
+    def _overstated(self, prediction: Prediction) -> int:
+        lost = steady.overstated(
+            steady.merged(self.alone[0]),
+            steady.merged(self.predictions[-1]),
+            self.began[-1] - self.began[0],
+            self.full_scan,
+        )
+        return round(min(lost, steady.merged(prediction)))

@@ -107,6 +107,31 @@ def kept(
     return first * math.exp(-late * times**beta), (first * math.exp(-late * times), third)
 
 
+def overstated(first: float, last: float, elapsed: float, full_scan_seconds: float) -> float:
+    """How far `pages_sharing` is ahead of the memory really shared, in the mean, at the most.
+
+    A page that is written to leaves its node at once, and the counter at ksmd's next visit: half a
+    full scan later in the mean. That is the whole of what the looks see change, if all of it was
+    merged before; the pages that change the most are not. Writes of the same content are not seen.
+
+    Parameters
+    ----------
+    first, last : float
+        Pages merged by the first look alone, and without what changed until the last one.
+    elapsed : float
+        Seconds between these looks.
+    full_scan_seconds : float
+
+    Returns
+    -------
+    float
+        Pages.
+    """
+    if not 0 < last < first or elapsed <= 0:
+        return 0.0
+    return last * math.log(first / last) / elapsed * full_scan_seconds / 2
+
+
 def merged(prediction: Prediction) -> float:
     """Pages merged or mapped to the shared zero page, the middle where it is a range."""
     return (sum(span(prediction, "pages_sharing")) + sum(span(prediction, "ksm_zero_pages"))) / 2

@@ -165,7 +165,11 @@ def _prediction(scan: Scan) -> dict[str, Any]:
 
     prediction = scan.prediction
     data: dict[str, Any] = {name: getattr(prediction, name) for name in FIELDS}
-    data["bounds"] = _bounds(prediction.bounds)
+    bounds = dict(prediction.bounds)
+    data["overstated_pages"] = None if scan.overstated_most_pages else scan.overstated_most_pages
+    if scan.overstated_most_pages:
+        bounds["overstated_pages"] = (0, scan.overstated_most_pages)
+    data["bounds"] = _bounds(bounds)
     data["breakdown"] = {
         "zero_pages": prediction.breakdown.zero_pages,
         "within_process_pages": prediction.breakdown.within_processes,

@@ -577,6 +577,11 @@ class View:
     def _notes(self) -> list[RenderableType]:
         scan = self.scan
         words = [self._looks(), *filter(None, [self._smart()])]
+        if scan.overstated_most_pages:
+            words.append(
+                f"Up to {count(scan.overstated_most_pages, 'page')} of pages_sharing will be "
+                "written to already at any moment: the counter learns of it at ksmd's next visit."
+            )
         swapped = sum(r.swap_bytes for r in scan.pages.regions if r.scanned)
         if swapped:
             words.append(

@@ -125,3 +125,10 @@ def test_a_drifting_memory_gives_what_was_seen() -> None:
     assert found.processes[0].bounds["ksm_merging_pages"] == (70, 100)
     for name in PROCESS_FIELDS:
         assert (getattr(found.processes[0], name) is None) == (name in found.processes[0].bounds)
+
+
+def test_how_far_the_counter_is_ahead() -> None:
+    # A page in a hundred is written to in a second; the next visit is half of two seconds away.
+    assert steady.overstated(1000, 1000 * math.exp(-0.01), 1.0, 2.0) == pytest.approx(9.9, abs=0.1)
+    assert steady.overstated(1000, 1000, 1.0, 2.0) == 0
+    assert steady.overstated(0, 0, 1.0, 2.0) == 0
