@@ -270,7 +270,7 @@ def main() -> None:
                         f" {row.bounds or ''} mean {row.mean:.0f}"
                         f" ({row.lowest} to {row.highest}) {error}"
                         f" one look {row.one_look / row.mean - 1:+.1%}"
-                        f" overstated {row.really_overstated:.0f} (said up to {row.overstated_most})"
+                        f" ahead {row.really_overstated:.0f} (said up to {row.overstated_most})"
                         f"{' DRIFTING' if row.drifting else ''}",
                         flush=True,
                     )
