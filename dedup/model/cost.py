@@ -41,8 +41,8 @@ CPU_RANGE: Final = 0.25
 OBSERVED_RANGE: Final = 0.5
 OBSERVED_MERGES: Final = 3.0
 """Merging costs up to so many times the visits of a converged ksmd, which alone were observed."""
-TIME_RANGE: Final = 0.05
-"""Of times on both sides, for wake-ups, besides what the CPU's range does to them."""
+TIME_RANGE: Final = 0.15
+"""Of times on both sides, for late wake-ups, besides what the CPU's range does to them."""
 
 TREE_PAGES: Final = 1024
 """Unique pages in a scan for which `Costs.tree_ns` stands."""
@@ -85,7 +85,7 @@ class Costs:
     batch_ns: float
     """A batch: ksmd wakes up."""
     cold_ns: float
-    """Times the root of the batch's searches: its trees have left the cache meanwhile."""
+    """Times the root of the searches and merges in a batch: what they need has left the cache."""
 
 
 class Measured(NamedTuple):
@@ -285,7 +285,7 @@ class _Scan:
     """CPU of one full scan as a function of how much of it is over."""
 
     def __init__(self, pages: int, cost_ns: F64, searches: float) -> None:
-        """Of the costs of equal slices, and the share of visits that search the trees."""
+        """Of the costs of equal slices, and the share of visits that search or merge."""
         self.pages = pages
         self.searches = searches
         self.at = np.linspace(0.0, 1.0, len(cost_ns) + 1)
@@ -358,7 +358,7 @@ class _Model:
             join = c.first_ns + c.stable_log2_ns * _log2(nodes * merged) + c.join_ns
             cost += joins * _share(1 - (1 - x) ** (copies - 1)) * join
         changing = max(0, load.pages_volatile - load.fork_shared)
-        return _Scan(n, cost, 1 - (load.ksm_zero_pages + joins + changing) / n)
+        return _Scan(n, cost, 1 - changing / n)
 
     def steady(self) -> _Scan:
         """Any later one, nothing skipped."""

@@ -87,7 +87,7 @@ class Ksmd:
         return (math.floor(seconds / tick) + sleep + 1) * tick
 
     def visit(self, i: int, unstable: dict[int, int], entered: set[int]) -> tuple[float, int, bool]:
-        """CPU, searches in the unstable tree, and whether it merges."""
+        """CPU, whether it searches or merges, and whether it merges."""
         c, content = self.costs, self.pages[i]
         if i not in self.seen:
             self.seen.add(i)
@@ -100,11 +100,11 @@ class Ksmd:
             return c.first_ns, 0, False
         if content == 0:
             self.gone.add(i)
-            return c.zero_ns, 0, True
+            return c.zero_ns, 1, True
         stable = c.stable_log2_ns * math.log2(max(1, len(self.merged)))
         if content in self.merged:
             self.on_node.add(i)
-            return c.first_ns + stable + c.join_ns, 0, True
+            return c.first_ns + stable + c.join_ns, 1, True
         # A single visit costs more than the mean of a tree that grew from nothing.
         tree = c.tree_ns + c.tree_log2_ns * (
             math.log2(max(1, len(unstable))) + 1 / math.log(2) - math.log2(cost.TREE_PAGES)
