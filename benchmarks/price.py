@@ -35,6 +35,7 @@ from dedup.sources.live import Options
 HUGE_BYTES = 2 << 20
 POLL_SECONDS = 0.001
 TIMEOUT_SECONDS = 60.0
+QUIET = 0.03
 SETTINGS = {"100/20": 8_000, "1000/20": 40_000, "5000/10": 40_000, "20000/0": 40_000}
 """pages_to_scan/sleep_millisecs, with the pages of a layout."""
 
@@ -102,7 +103,7 @@ class Bench:
             predicted = price(load, settings, self.found)
             self.tunables.set("pages_to_scan", pages_to_scan)
             self.tunables.set("sleep_millisecs", sleep_millisecs)
-            seconds, cpu = self.until_converged(load)
+            seconds, cpu, waited = self.until_converged(load)
         self.rest()
         assert predicted.cpu_seconds is not None
         return {
@@ -112,6 +113,7 @@ class Bench:
             "seconds": seconds,
             "predicted_seconds": predicted.converge_seconds,
             "seconds_error": predicted.converge_seconds / seconds - 1,
+            "waited_seconds": waited,
             "cpu_seconds": cpu,
             "predicted_cpu_seconds": predicted.cpu_seconds,
             "cpu_error": predicted.cpu_seconds / cpu - 1,
@@ -124,9 +126,10 @@ class Bench:
             ),
         }
 
-    def until_converged(self, load: Load) -> tuple[float, float]:
-        """Seconds and ksmd's CPU seconds from `run=1` until all that merges is merged."""
+    def until_converged(self, load: Load) -> tuple[float, float, float]:
+        """From `run=1` until all that merges is merged: seconds, ksmd's CPU, its waits for one."""
         merges = load.pages_sharing + load.ksm_zero_pages > 0
+        waited = self.ksmd.waited_ns() or 0
         begin, cpu = time.monotonic(), self.ksmd.cpu_ns()
         self.tunables.set("run", RUN_MERGE)
         while True:
@@ -140,8 +143,9 @@ class Bench:
                 sys.exit(f"not converged: {c}, wanted {load}")
             time.sleep(POLL_SECONDS)
         used = self.ksmd.cpu_ns() - cpu
+        waited = (self.ksmd.waited_ns() or 0) - waited
         self.tunables.set("run", RUN_STOP)
-        return seconds, used / 1e9
+        return seconds, used / 1e9, waited / 1e9
 
     def rest(self) -> None:
         """Nothing merged, ksmd at the head of its list, awake for `run`."""
@@ -155,7 +159,8 @@ def show(row: Row) -> None:
         f"{row['layout']:13} {row['setting']:>8} {row['pages']:7,} pages: "
         f"{row['seconds']:7.3f} s, predicted {row['predicted_seconds']:7.3f} "
         f"({row['seconds_error']:+4.0%}); CPU {row['cpu_seconds']:6.3f} s, predicted "
-        f"{row['predicted_cpu_seconds']:6.3f} ({row['cpu_error']:+4.0%})"
+        f"{row['predicted_cpu_seconds']:6.3f} ({row['cpu_error']:+4.0%}); "
+        f"waited {row['waited_seconds']:5.3f} s"
         f"{'' if row['within'] else '  outside the range'}",
         flush=True,
     )
@@ -196,6 +201,13 @@ def main() -> None:
     print(
         f"mean error: time {seconds:.1%}, CPU {cpu:.1%}; {within} of {len(rows)} within both ranges"
     )
+    quiet = [r for r in rows if r["waited_seconds"] < QUIET * r["seconds"]]
+    if quiet:
+        mean = statistics.fmean(abs(r["seconds_error"]) for r in quiet)
+        print(
+            f"ksmd had a processor at once in {len(quiet)} (waited less than {QUIET:.0%} of the "
+            f"time): there time {mean:.1%}"
+        )
     if args.json:
         machine = {"kernel": platform.release(), "taken": stored.calibration.taken}
         args.json.write_text(json.dumps({"machine": machine, "results": rows}, indent=2))

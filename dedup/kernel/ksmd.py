@@ -49,14 +49,26 @@ class Ksmd:
         Unsupported
             The thread is hidden from us.
         """
-        folder = self._proc / str(self.pid)
+        if self._exact:
+            return int(self._read("schedstat").split()[0])
+        fields = self._read("stat").rpartition(b")")[2].split()
+        return (int(fields[11]) + int(fields[12])) * 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+
+    def waited_ns(self) -> int | None:
+        """Time since boot in which it had work but no processor; None without schedstat.
+
+        Raises
+        ------
+        Unsupported
+            The thread is hidden from us.
+        """
+        return int(self._read("schedstat").split()[1]) if self._exact else None
+
+    def _read(self, name: str) -> bytes:
         try:
-            if self._exact:
-                return int((folder / "schedstat").read_bytes().split()[0])
-            fields = (folder / "stat").read_bytes().rpartition(b")")[2].split()
+            return (self._proc / str(self.pid) / name).read_bytes()
         except OSError as e:
             raise Unsupported(f"ksmd's CPU time can't be read: {e.strerror}", "") from e
-        return (int(fields[11]) + int(fields[12])) * 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 
 
 def _find(proc: Path) -> int:

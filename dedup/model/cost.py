@@ -332,32 +332,36 @@ class _Model:
         cost = self.costs.first_ns * n / _SLICES if self.costs else 0.0
         return _Scan(n, np.full(_SLICES, cost), 0.0)
 
-    def merging(self) -> _Scan:
-        """The second: every merge. Contents are taken as mixed evenly.
+    def merging(self, part: float) -> _Scan:
+        """The second, up to the part in which its last merge is: all that merges lies before.
 
-        Of r copies of a content, a share r x (1-x)^(r-1) has come by once when the part x of the
-        scan is over, so that one copy waits in the unstable tree.
+        Contents are taken as mixed evenly there. Of r copies of a content, a share r x (1-x)^(r-1)
+        has come by once when the part x is over, so that one copy waits in the unstable tree.
         """
         load, c = self.load, self.costs
-        n = load.candidates
+        nodes = load.pages_shared
+        merging = nodes + load.pages_sharing + load.ksm_zero_pages
+        others = load.candidates - merging
+        n = max(round(part * load.candidates), merging)
         if c is None or not n:
             return _Scan(n, np.zeros(_SLICES), 0.0)
+        before = (n - merging) / others if others else 0.0
+        changing = before * (load.pages_volatile - load.fork_shared)
+        unique = before * load.pages_unshared
         x = _middles()
-        nodes = load.pages_shared
         joins = max(0, load.pages_sharing - nodes)
         copies = max(2.0, (nodes + load.pages_sharing) / nodes) if nodes else 2.0
         waiting = copies * x * (1 - x) ** (copies - 1)
         merged = np.maximum(0.0, 1 - (1 - x) ** copies - waiting)
-        search = self._visit(load.pages_unshared * x + nodes * waiting, nodes * merged)
-        cost = (load.pages_unshared + load.fork_shared) / _SLICES * search
-        cost += max(0, load.pages_volatile - load.fork_shared) / _SLICES * c.first_ns
+        search = self._visit(unique * x + nodes * waiting, nodes * merged)
+        cost = (unique + before * load.fork_shared) / _SLICES * search
+        cost += changing / _SLICES * c.first_ns
         cost += load.ksm_zero_pages / _SLICES * c.zero_ns
         if nodes:
             cost += nodes * _share((1 - x) ** (copies - 1)) * search
             cost += nodes * _share(x * (1 - x) ** (copies - 2)) * (search + c.node_ns)
             join = c.first_ns + c.stable_log2_ns * _log2(nodes * merged) + c.join_ns
             cost += joins * _share(1 - (1 - x) ** (copies - 1)) * join
-        changing = max(0, load.pages_volatile - load.fork_shared)
         return _Scan(n, cost, 1 - changing / n)
 
     def steady(self) -> _Scan:
@@ -491,11 +495,11 @@ def _figures(load: Load, settings: Settings, costs: Costs | None, factor: float)
     part = min(1.0, max(0.0, load.last_merge))
     steady = m.way(m.steady())
     if load.pair_in_huge_page:
-        whole, last = m.way(m.merging()), m.way(m.steady(), part)
+        whole, last = m.way(m.merging(1.0)), m.way(m.steady(), part)
         merge_cpu = whole.cpu_seconds + last.cpu_seconds
         seconds = first.seconds + whole.seconds + last.awake_seconds
     else:
-        merging = m.way(m.merging(), part)
+        merging = m.way(m.merging(part))
         merge_cpu, seconds = merging.cpu_seconds, first.seconds + merging.awake_seconds
     scans = [steady]
     if settings.smart_scan:

@@ -34,10 +34,11 @@ def test_a_program_of_that_name_is_not_it(tmp_path: Path) -> None:
 
 def test_cpu_time_of_schedstat_and_without(tmp_path: Path) -> None:
     folder = add(tmp_path, 39, "ksmd", 2, ticks=(3, 4))
+    assert Ksmd(tmp_path).waited_ns() is None
     assert Ksmd(tmp_path).cpu_ns() == 7 * 1_000_000_000 // os.sysconf("SC_CLK_TCK")
     (folder / "schedstat").write_text("123456789 5 6\n")
     thread = Ksmd(tmp_path)
-    assert thread.cpu_ns() == 123456789
+    assert (thread.cpu_ns(), thread.waited_ns()) == (123456789, 5)
     (folder / "schedstat").unlink()
     with pytest.raises(Unsupported, match="can't be read"):
         thread.cpu_ns()

@@ -174,7 +174,7 @@ def test_merges_that_end_early() -> None:
     seconds = first.seconds + second.last_merge_seconds
     assert found.converge_seconds == pytest.approx(seconds, rel=0.02)
     assert found.cpu_seconds == pytest.approx(
-        (first.cpu_ns + second.last_merge_cpu_ns) / 1e9, rel=0.15
+        (first.cpu_ns + second.last_merge_cpu_ns) / 1e9, rel=0.03
     )
     whole = price(Load(2000, 2000, 4000), settings, CALIBRATION)
     assert whole.converge_seconds > 1.3 * found.converge_seconds

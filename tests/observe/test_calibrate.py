@@ -82,6 +82,19 @@ def test_others_memory_is_not_merged_by_a_measurement(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_merged_pages_of_nobody_in_sight_are_left_alone(ksm: KsmControl, tmp_path: Path) -> None:
+    """As of a process in another pid namespace: here it has ended, and ksmd has not come by."""
+    with Target() as other:
+        other.do("map", name="a", pages=10)
+        other.do("fill", name="a", at=0, count=10, what="x")
+        other.do("advise", name="a", what="mergeable")
+        ksm.converge()
+    assert ksm.ksm.counters().pages_sharing == 9
+    with pytest.raises(KsmNotRunning, match="10 pages of processes out of sight"):
+        calibrate(tmp_path / "calibration.json", tmp_path)
+    assert ksm.ksm.counters().pages_sharing == 9
+
+
 def test_where_others_use_ksm_its_own_scans_are_watched(
     ksm: KsmControl, target: Target, tmp_path: Path
 ) -> None:
