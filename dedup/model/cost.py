@@ -125,6 +125,8 @@ class Calibration:
         Time, ISO 8601.
     spread : float
         By which repeated scans differed, of their median.
+    waiting : float
+        Time in which ksmd had work but no processor, by its CPU time: how busy the host was.
     observed : bool
         From ksmd's own scans of others' memory: one mean for every visit.
     measured : tuple of Measured
@@ -135,6 +137,7 @@ class Calibration:
     machine: Machine
     taken: str = ""
     spread: float = 0.0
+    waiting: float = 0.0
     observed: bool = False
     measured: tuple[Measured, ...] = ()
 
@@ -146,6 +149,7 @@ class Calibration:
             "machine": asdict(self.machine),
             "observed": self.observed,
             "spread": self.spread,
+            "waiting": self.waiting,
             "costs": asdict(self.costs),
             "measured": [m._asdict() for m in self.measured],
         }
@@ -163,8 +167,9 @@ class Calibration:
             if data["version"] != VERSION:
                 raise ValueError(f"it is of version {data['version']}, not {VERSION}")
             costs = Costs(**{f.name: float(data["costs"][f.name]) for f in fields(Costs)})
-            if not all(0 <= v < math.inf for v in asdict(costs).values()):
-                raise ValueError("a cost is below 0")
+            numbers = [*asdict(costs).values(), float(data["spread"]), float(data["waiting"])]
+            if not all(0 <= v < math.inf for v in numbers):
+                raise ValueError("a figure is below 0")
             machine = data["machine"]
             return cls(
                 costs=costs,
@@ -173,6 +178,7 @@ class Calibration:
                 ),
                 taken=str(data["taken"]),
                 spread=float(data["spread"]),
+                waiting=float(data["waiting"]),
                 observed=bool(data["observed"]),
                 measured=tuple(Measured(**m) for m in data["measured"]),
             )
@@ -255,7 +261,7 @@ class Cost:
     otherwise. Where others use KSM already, a scan under way comes on top: up to one full scan.
 
     CPU is None without a calibration, and times are then those of the sleeps alone: at the least.
-    Other work on the processors is in no figure; ksmd has nice 5.
+    Other work on the processors is in the times as it was at the calibration; ksmd has nice 5.
     """
 
     calibrated: bool
@@ -315,9 +321,11 @@ def _log2(n: F64 | float) -> F64:
 
 
 class _Model:
-    def __init__(self, load: Load, settings: Settings, costs: Costs | None, factor: float) -> None:
+    def __init__(
+        self, load: Load, settings: Settings, costs: Costs | None, factor: float, waiting: float
+    ) -> None:
         self.load, self.settings, self.costs = load, settings, costs
-        self.factor = factor
+        self.factor, self.waiting = factor, waiting
 
     def _visit(self, unstable: F64, stable: F64 | float) -> F64:
         """A search in both trees, found nothing."""
@@ -408,15 +416,14 @@ class _Model:
         cpu = self._batch_seconds(scan, firsts, firsts + step)
         last = self._batch_seconds(scan, np.array([whole * step]), np.array([part]))
         each = whole / sample if sample else 0.0
-        asleep = cpu + self._pauses(cpu)
-        last_asleep = float((last + self._pauses(last)).sum())
+        asleep, last_asleep = self._with_sleep(cpu), float(self._with_sleep(last).sum())
         before = float(asleep.sum()) * each
         cpu_seconds = float(cpu.sum()) * each + float(last.sum())
         if sample and pages == whole * size:
             # Nothing is left for the last batch but to find the end.
-            awake = before - float((asleep - cpu)[-1])
+            awake = before - float((asleep - self._awake(cpu))[-1])
         else:
-            awake = before + float(last.sum())
+            awake = before + float(self._awake(last).sum())
         return _Way(cpu_seconds, before + last_asleep, awake)
 
     def _batch_seconds(self, scan: _Scan, begin: F64, end: F64) -> F64:
@@ -430,8 +437,12 @@ class _Model:
         visits = scan.until(end) - scan.until(begin)
         return (visits + cold + c.batch_ns) * self.factor * _NS
 
-    def _pauses(self, cpu: F64) -> F64:
-        """Sleep after batches of so much CPU.
+    def _awake(self, cpu: F64) -> F64:
+        """Time of batches of so much CPU."""
+        return cpu * (1 + self.waiting)
+
+    def _with_sleep(self, cpu: F64) -> F64:
+        """Time of batches of so much CPU with the sleep after each.
 
         A timer runs for whole ticks and starts anew at the next one, so that batch and sleep
         together last whole ticks: those that the batch has used up, those of the sleep, and one.
@@ -439,10 +450,10 @@ class _Model:
         """
         s = self.settings
         if s.sleep_millisecs == 0:
-            return np.zeros(len(cpu))
+            return self._awake(cpu)
         sleep = _timer_ticks(math.ceil(round(s.sleep_millisecs / 1000 / s.tick_seconds, 6)))
-        ticks = _mean_floor(cpu / s.tick_seconds) + sleep
-        return np.asarray(ticks * s.tick_seconds - cpu, dtype=np.float64)
+        ticks = _mean_floor(self._awake(cpu) / s.tick_seconds) + sleep
+        return np.asarray(ticks * s.tick_seconds, dtype=np.float64)
 
 
 def _share(rate: F64) -> F64:
@@ -489,8 +500,10 @@ class _Figures(NamedTuple):
     longest_scan_seconds: float
 
 
-def _figures(load: Load, settings: Settings, costs: Costs | None, factor: float) -> _Figures:
-    m = _Model(load, settings, costs, factor)
+def _figures(
+    load: Load, settings: Settings, costs: Costs | None, factor: float = 1.0, waiting: float = 0.0
+) -> _Figures:
+    m = _Model(load, settings, costs, factor, waiting)
     first = m.way(m.first())
     part = min(1.0, max(0.0, load.last_merge))
     steady = m.way(m.steady())
@@ -533,7 +546,8 @@ def price(load: Load, settings: Settings, calibration: Calibration | None) -> Co
         See there from when to when its times run.
     """
     costs = calibration.costs if calibration else None
-    value = _figures(load, settings, costs, 1.0)
+    waiting = calibration.waiting if calibration else 0.0
+    value = _figures(load, settings, costs, waiting=waiting)
     metadata = load.rmap_items * RMAP_ITEM_BYTES + load.pages_shared * STABLE_NODE_BYTES
     # A chain has a node of its own, and zero pages have an rmap_item until the third scan.
     most = metadata + load.ksm_zero_pages * RMAP_ITEM_BYTES + load.pages_shared * STABLE_NODE_BYTES
@@ -559,7 +573,7 @@ def _with_cpu(
     least = OBSERVED_RANGE if calibration.observed else CPU_RANGE
     spread = min(0.9, max(least, 2 * calibration.spread))
     low = _figures(load, settings, calibration.costs, 1 - spread)
-    high = _figures(load, settings, calibration.costs, 1 + spread)
+    high = _figures(load, settings, calibration.costs, 1 + spread, 2 * calibration.waiting)
     bounds = dict(cost.bounds)
     for name in _Figures._fields[:6]:
         widened = TIME_RANGE if name in {"converge_seconds", "full_scan_seconds"} else 0.0
@@ -572,7 +586,9 @@ def _with_cpu(
         max(bounds["full_scan_seconds"][1], high.longest_scan_seconds * (1 + TIME_RANGE)),
     )
     if calibration.observed:
-        merging = _figures(load, settings, calibration.costs, OBSERVED_MERGES)
+        merging = _figures(
+            load, settings, calibration.costs, OBSERVED_MERGES, 2 * calibration.waiting
+        )
         for name in ("converge_seconds", "cpu_seconds", "merge_pass_cpu_seconds"):
             bounds[name] = (bounds[name][0], getattr(merging, name))
     cores = [f.full_scan_cpu_seconds / f.full_scan_seconds for f in (low, value, high)]

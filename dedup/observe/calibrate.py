@@ -55,6 +55,9 @@ MERGES: Final = 3
 SMART_SCANS: Final = 8
 """Full scans after smart scan is switched on; the fifth, seventh and eighth skip everything."""
 
+WAITING_LEAST_NS: Final = 4_000_000
+"""A scan as long as that meets what else wants a processor."""
+
 POLL_SECONDS: Final = 0.001
 SCAN_TIMEOUT_SECONDS: Final = 60.0
 OBSERVE_LEAST_SECONDS: Final = 3.0
@@ -173,12 +176,15 @@ def _require_running(ksm: Ksm, others: list[str]) -> None:
         )
 
 
-def _calibration(costs: Costs, spread: float, measured: list[Measured] | None) -> Calibration:
+def _calibration(
+    costs: Costs, spread: float, waiting: float, measured: list[Measured] | None = None
+) -> Calibration:
     return Calibration(
         costs=costs,
         machine=store.machine(),
         taken=datetime.now(UTC).isoformat(timespec="seconds"),
         spread=spread,
+        waiting=waiting,
         observed=measured is None,
         measured=tuple(measured or ()),
     )
@@ -194,6 +200,7 @@ class _Bench:
         self.ksm, self.ksmd, self.tunables, self.progress = ksm, ksmd, tunables, progress
         self.has = ksm.tunables()
         self.spreads: list[float] = []
+        self.waits: list[float] = []
         self.done = 0
         largest = max(UNIQUE_PAGES[1], os.sysconf("SC_AVPHYS_PAGES") // 4)
         self.sizes = sorted({min(n, largest) for n in UNIQUE_PAGES})
@@ -219,7 +226,10 @@ class _Bench:
         self._rest()
         self.tunables.require_unchanged()
         return _calibration(
-            costs, statistics.median(self.spreads), [*unique, copies, pairs, beside, zero]
+            costs,
+            statistics.median(self.spreads),
+            statistics.median(self.waits),
+            [*unique, copies, pairs, beside, zero],
         )
 
     def _unique(self, pages: int, scans: int) -> Measured:
@@ -325,9 +335,13 @@ class _Bench:
     def _scan(self) -> float:
         """CPU of one full scan in one batch, ksmd asleep before and after it."""
         before, cpu = self.ksm.counters().full_scans, self.ksmd.cpu_ns()
+        waited = self.ksmd.waited_ns() or 0
         self._go()
         self._wait(before + 1)
-        return float(self._asleep_ns() - cpu)
+        used = self._asleep_ns() - cpu
+        if used > WAITING_LEAST_NS:
+            self.waits.append(((self.ksmd.waited_ns() or 0) - waited) / used)
+        return float(used)
 
     def _go(self) -> None:
         if not self.ksm.running:
@@ -402,6 +416,7 @@ def _observe(ksm: Ksm, ksmd: Ksmd, progress: Progress | None) -> Calibration:
     begin = time.monotonic()
     start = ksm.counters()
     marks = [(start.pages_scanned, ksmd.cpu_ns())]
+    waited = ksmd.waited_ns() or 0
     step = OBSERVE_LEAST_SECONDS / OBSERVE_WINDOWS
     while True:
         time.sleep(step)
@@ -423,7 +438,9 @@ def _observe(ksm: Ksm, ksmd: Ksmd, progress: Progress | None) -> Calibration:
             f"ksmd visited {pages} pages in {seconds:.0f} s: too few for a mean",
             "give it more pages a batch, `echo 1000 > /sys/kernel/mm/ksm/pages_to_scan`",
         )
-    mean = (marks[-1][1] - marks[0][1]) / pages
+    used = marks[-1][1] - marks[0][1]
+    mean = used / pages
+    waiting = ((ksmd.waited_ns() or 0) - waited) / used if used else 0.0
     windows = [
         (later[1] - earlier[1]) / (later[0] - earlier[0])
         for earlier, later in itertools.pairwise(marks)
@@ -434,4 +451,4 @@ def _observe(ksm: Ksm, ksmd: Ksmd, progress: Progress | None) -> Calibration:
         first_ns=mean, tree_ns=mean, tree_log2_ns=0, stable_log2_ns=0, merged_ns=mean,
         merged_node_ns=0, node_ns=0, join_ns=0, zero_ns=mean, skip_ns=0, batch_ns=0, cold_ns=0,
     )  # fmt: skip
-    return _calibration(costs, spread, None)
+    return _calibration(costs, spread, waiting)

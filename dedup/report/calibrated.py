@@ -72,6 +72,7 @@ def calibration_lines(result: Calibrated, path: Path) -> list[str]:
     return [
         *lines,
         f"repeated scans differ by {found.spread:.0%}",
+        f"ksmd waited for a processor: {found.waiting:.0%} of its CPU time",
         f"took {result.seconds:.1f} s, stored in {safe(str(path))}",
     ]
 

@@ -306,6 +306,20 @@ def test_an_observed_mean_gives_wider_ranges() -> None:
     assert noisy.bounds["cpu_seconds"][1] > narrow.bounds["cpu_seconds"][1]
 
 
+def test_a_busy_host_takes_longer_for_the_same_cpu() -> None:
+    busy = replace(CALIBRATION, waiting=0.5)
+    load = Load(500, 1500, 38_000)
+    for setting in ((20_000, 0), (5000, 10)):
+        settings = Settings(*setting, TICK)
+        quiet, found = price(load, settings, CALIBRATION), price(load, settings, busy)
+        assert found.cpu_seconds == quiet.cpu_seconds
+        assert found.cpu_seconds is not None
+        # All that it waits is added, but for what the sleeps' whole ticks take up.
+        more = found.converge_seconds - quiet.converge_seconds
+        assert more == pytest.approx(0.5 * found.cpu_seconds, rel=0.05)
+        assert found.bounds["converge_seconds"][0] <= quiet.converge_seconds
+
+
 def test_settings_of_the_tunables() -> None:
     tunables: dict[str, int | str] = {"pages_to_scan": 300, "sleep_millisecs": 7, "smart_scan": 1}
     assert Settings.of(tunables, TICK) == Settings(300, 7, TICK, smart_scan=True)
@@ -363,6 +377,7 @@ def test_stored_and_read_again() -> None:
         {"machine": {"kernel": "6"}},
         {"measured": [{"name": "x"}]},
         {"spread": "much"},
+        {"waiting": -1},
     ],
 )
 def test_what_is_no_calibration(change: dict[str, object]) -> None:
