@@ -13,9 +13,11 @@ LEVELS = {
     "pages": 0, "errors": 0, "_core": 0,
     "kernel": 1, "model": 1,
     "sources": 2, "grouping": 2, "schema": 2,
+    "calibration": 2,
     "scanning": 3,
     "report": 4, "change": 4, "selftest": 5, "merging": 5,
-    "cli": 6, "__main__": 7, "__init__": 7,
+    "observe": 6,
+    "cli": 7, "__main__": 8, "__init__": 8,
 }  # fmt: skip
 """What stands on what: a module imports from its own room and from lower levels.
 

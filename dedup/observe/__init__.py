@@ -1,0 +1,1 @@
+"""What the host does with KSM: what ksmd's work costs here."""
