@@ -27,8 +27,9 @@ import numpy as np
 
 from dedup.change.tunables import Tunables
 from dedup.kernel.ksm import Ksm
+from dedup.kernel.ksmd import tick_seconds
 from dedup.pages import FRAME_MASK, Flag
-from dedup.scanning import CLOCK_MONOTONIC_COARSE, Plan, scan_pids
+from dedup.scanning import Plan, scan_pids
 from dedup.sources.live import Options
 
 if TYPE_CHECKING:
@@ -205,8 +206,7 @@ def measure(load: str, pids: list[int], tunables: Tunables, ksm: Ksm, full: floa
     tunables.set("run", 0)
     pages = scan_pids(pids, Plan(options=Options(scope="advised"), passes=1)).scanned_pages
     # Sleeps make the time; each ends a tick late.
-    tick = time.clock_getres(CLOCK_MONOTONIC_COARSE)
-    batches = max(1, round(full / (0.02 + tick)))
+    batches = max(1, round(full / (0.02 + tick_seconds())))
     tunables.set("pages_to_scan", max(1, pages // batches))
     tunables.set("sleep_millisecs", 20)
     scan = scan_pids(pids, Plan(options=Options(scope="advised")))

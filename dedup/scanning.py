@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import time
@@ -11,18 +10,19 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from dedup import grouping
+from dedup import calibration, grouping
 from dedup.errors import Unsupported, Usage
-from dedup.kernel import processes
+from dedup.kernel import ksmd, processes
 from dedup.kernel.ksm import Ksm
-from dedup.model import merge, smart, steady
+from dedup.model import cost, merge, smart, steady
 from dedup.pages import Flag
 from dedup.sources.live import LiveSource, Options, Span, mark_outside, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from dedup.kernel.memory import Tally
+    from dedup.model.cost import Cost
     from dedup.model.merge import Prediction, Rules
     from dedup.model.smart import SmartScan
     from dedup.pages import Groups, Pages
@@ -32,8 +32,17 @@ PACE_BATCHES: Final = 8
 """So long, and so many batches, ksmd is watched before its own pace counts."""
 ENOUGH: Final = 0.95
 """A look this near to the steady state's time is as good as one at it."""
-CLOCK_MONOTONIC_COARSE: Final = 6
-"""Its resolution is the kernel's tick (include/uapi/linux/time.h)."""
+PROPOSED_PAGES_TO_SCAN: Final = (1000, 5000, 20_000)
+"""Batches whose price is told besides that of the present one."""
+ASSUMABLE: Final = {
+    "max_page_sharing": (2, (1 << 31) - 1),
+    "use_zero_pages": (0, 1),
+    "merge_across_nodes": (0, 1),
+    "pages_to_scan": (1, (1 << 32) - 1),
+    "sleep_millisecs": (0, (1 << 32) - 1),
+    "smart_scan": (0, 1),
+}
+"""Tunables for whose other values a scan can be made, with the lowest and the highest."""
 THIRD_LOOK: Final = 3
 """When the third look comes, in units of the time from the first to the second."""
 
@@ -54,6 +63,8 @@ class Plan:
         ksmd's full scan, where other tunables than the present ones are intended.
     order_known : bool
         ksmd comes by the processes in the order given.
+    assumed : mapping of str to int
+        Tunables (`ASSUMABLE`) that the prediction is for, in place of the present ones.
     """
 
     options: Options = field(default_factory=Options)
@@ -61,6 +72,15 @@ class Plan:
     interval_seconds: float | None = None
     full_scan_seconds: float | None = None
     order_known: bool = False
+    assumed: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """The price with other tunables."""
+
+    tunables: dict[str, int]
+    cost: Cost
 
 
 @dataclass(slots=True)
@@ -89,6 +109,14 @@ class Scan:
     """Whether the memory is still changing its nature; None where one look can't know."""
     overstated_most_pages: int | None = None
     """So many of `pages_sharing`, at the most, are not shared any more at any moment."""
+    cost: Cost | None = None
+    """The price, at the present tunables or the assumed ones."""
+    proposals: list[Proposal] = field(default_factory=list)
+    """The price at other paces."""
+    why_uncalibrated: str = ""
+    """Why a calibration that is there can't be used."""
+    assumed: dict[str, int] = field(default_factory=dict)
+    """Tunables that the prediction is for, where they are not those of the host."""
     smart_scan: SmartScan | None = None
     """The outcome with smart scan on; None where this kernel has no smart scan."""
 
@@ -101,18 +129,6 @@ class Scan:
     def scanned_pages(self) -> int:
         """Mappings of pages there at the last look."""
         return int(self.pages.present.sum())
-
-
-def full_scan_seconds(rmap_items: int, tunables: dict[str, int | str]) -> float:
-    """Time of ksmd's sleeps in a full scan at these tunables; its own work comes on top.
-
-    Source: mm/ksm.c, ksm_scan_thread(): a batch of `pages_to_scan`, then a sleep of whole ticks,
-    and one tick more.
-    """
-    batch = int(tunables.get("pages_to_scan", 100)) or 1
-    sleep = int(tunables.get("sleep_millisecs", 20)) / 1000
-    tick = time.clock_getres(CLOCK_MONOTONIC_COARSE)
-    return (rmap_items // batch + 1) * (math.ceil(sleep / tick) + 1 if sleep else 0) * tick
 
 
 def scan_pids(pids: Sequence[int], plan: Plan | None = None) -> Scan:
@@ -216,6 +232,8 @@ class _Looking:
     source: LiveSource
     plan: Plan
     tunables: dict[str, int | str] = field(default_factory=_tunables)
+    """The host's."""
+    calibrated: calibration.Stored = field(default_factory=calibration.load)
     rules: Rules = field(init=False)
     pace: _Pace = field(default_factory=_Pace)
     began: list[float] = field(default_factory=list)
@@ -228,20 +246,24 @@ class _Looking:
 
     def run(self) -> Scan:
         begin = time.monotonic()
-        self.rules = rules_of(self.tunables, order_known=self.plan.order_known)
+        self.rules = rules_of(self._assumed(), order_known=self.plan.order_known)
         self.pace.start()
         self.began.append(begin)
         pages = self.source.first_look()
-        self.full_scan = self._full_scan()
         extrapolated = False
         if self.plan.passes == 1:
             self._predict(pages)
+            self.full_scan = self._full_scan(self.predictions[0])
         else:
+            # In the time until the next look: what this one alone says.
+            self.alone.append(self._snapshot(pages))
+            self.full_scan = self._full_scan(self.alone[0])
             extrapolated = self._look_on(pages)
         drifts = self._drifts(pages) if len(self.began) > 1 else None
         prediction = self._steady(pages) if extrapolated else self.predictions[-1]
         if drifts:
             prediction = steady.seen([*self.alone, *self.predictions])
+        load = self._load(prediction)
         return Scan(
             kernel=platform.release(),
             tunables=self.tunables,
@@ -263,13 +285,15 @@ class _Looking:
             extrapolated=extrapolated,
             drifting=drifts,
             overstated_most_pages=self._overstated(prediction) if drifts is False else None,
+            cost=self._price(load),
+            proposals=self._proposals(load),
+            why_uncalibrated=self.calibrated.why,
+            assumed=dict(self.plan.assumed),
             smart_scan=self._smart(pages, prediction),
         )
 
     def _look_on(self, pages: Pages) -> bool:
         """Look again until ksmd's steady state shows; whether it lies beyond the last look."""
-        # In the time until the next look: what this one alone says.
-        self.alone.append(self._snapshot(pages, first=True))
         if self.plan.passes is not None or self.plan.interval_seconds is not None:
             interval = self.plan.interval_seconds
             if interval is None:
@@ -280,7 +304,7 @@ class _Looking:
             return False
         if self.pace.running and self.plan.full_scan_seconds is None:
             self._wait_until(self.began[0] + PACE_SECONDS)
-            self.full_scan = self._full_scan()
+            self.full_scan = self._full_scan(self.alone[0])
         self._look_after(self.began[0] + steady.looks(self.full_scan).at[1])
         self._predict(pages)
         distance = self.began[1] - self.began[0]
@@ -301,23 +325,60 @@ class _Looking:
     def _wait_until(self, moment: float) -> None:
         wait_until(moment, self.plan.options.progress)
 
-    def _full_scan(self) -> float:
+    def _assumed(self) -> dict[str, int | str]:
+        return {**self.tunables, **self.plan.assumed}
+
+    def _full_scan(self, prediction: Prediction) -> float:
+        """Time of ksmd's full scan: asked for, seen while it runs, or its price."""
         if self.plan.full_scan_seconds is not None:
             return self.plan.full_scan_seconds
-        pages = self.source.pages
-        assert pages is not None
-        ours = sum(p.ksm_rmap_items for p in pages.processes)
-        others = 0
-        if self.pace.ksm.present:
-            others = max(0, self.pace.ksm.counters().rmap_items - ours)
-        total = len(pages.hashes) + others
-        return self.pace.full_scan_seconds(total) or full_scan_seconds(total, self.tunables)
+        seen = None
+        if not self.plan.assumed:
+            total = sum(p.ksm_rmap_items for p in self._pages.processes)
+            seen = self.pace.full_scan_seconds(len(self._pages.hashes) + self._others(total))
+        if seen is not None:
+            return seen
+        # Predictions are for smart scan off.
+        return self._price(self._load(prediction), smart_scan=0).full_scan_seconds
 
-    def _snapshot(self, pages: Pages, *, first: bool = False) -> Prediction:
+    @property
+    def _pages(self) -> Pages:
+        assert self.source.pages is not None
+        return self.source.pages
+
+    def _others(self, ours: int) -> int:
+        """Pages that ksmd follows besides, as it counts them now."""
+        if not self.pace.ksm.present:
+            return 0
+        return max(0, self.pace.ksm.counters().rmap_items - ours)
+
+    def _load(self, prediction: Prediction) -> cost.Load:
+        """What ksmd has to do."""
+        ours = sum(p.ksm_rmap_items for p in self._pages.processes)
+        return cost.load_of(self._pages, self.groups, prediction, self._others(ours))
+
+    def _price(self, load: cost.Load, **other: int) -> Cost:
+        """What it costs, with other tunables than the assumed ones, too."""
+        settings = cost.Settings.of({**self._assumed(), **other}, ksmd.tick_seconds())
+        return cost.price(load, settings, self.calibrated.calibration)
+
+    def _proposals(self, load: cost.Load) -> list[Proposal]:
+        present = int(self._assumed().get("pages_to_scan", 0))
+        return [
+            Proposal({"pages_to_scan": n}, self._price(load, pages_to_scan=n))
+            for n in PROPOSED_PAGES_TO_SCAN
+            if n > present
+        ]
+
+    def _snapshot(self, pages: Pages) -> Prediction:
         """What one look says: as if nothing had changed since the one before."""
-        frames = pages.frames if first else pages.frames & ~(Flag.VOLATILE | Flag.NEW)
+        changed = Flag.VOLATILE | Flag.NEW
+        # A copy only where it is one: it takes 8 bytes a page.
+        frames = pages.frames & ~changed if pages.looks > 1 else pages.frames
         view = replace(pages, frames=frames, looks=2)
         groups = grouping.group(view, self.source.tally.threads)
+        if pages.looks == 1:
+            self.groups = groups
         return merge.predict(view, groups, self.rules)
 
     def _predict(self, pages: Pages) -> None:

@@ -43,6 +43,28 @@ class Seconds(click.ParamType):  # type: ignore[type-arg,unused-ignore] # generi
         return seconds
 
 
+class Tunable(click.ParamType):  # type: ignore[type-arg,unused-ignore] # generic since 8.5
+    """NAME=VALUE of a tunable of KSM that decides what merges, when, or at what price."""
+
+    name = "tunable"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, int]:
+        """Name and value."""
+        if isinstance(value, tuple):
+            return value
+        from dedup.scanning import ASSUMABLE
+
+        name, _, number = str(value).partition("=")
+        if name not in ASSUMABLE:
+            self.fail(f"{name!r} is none of {', '.join(ASSUMABLE)}", param, ctx)
+        low, high = ASSUMABLE[name]
+        if not (number.isascii() and number.isdigit() and low <= int(number) <= high):
+            self.fail(f"{name} takes a whole number from {low} to {high}", param, ctx)
+        return name, int(number)
+
+
 def chooses_processes(f: Callback) -> Callback:
     """Add the options that choose processes; the function gets `choice` (kernel.processes).
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dedup.cli.options import Seconds, chooses_processes, reports, words_of
+from dedup.cli.options import Seconds, Tunable, chooses_processes, reports, words_of
 from dedup.cli.root import Exemplified
 from dedup.errors import Partial
 
@@ -49,6 +49,10 @@ if TYPE_CHECKING:
     help="Time of ksmd's full scan, where you mean to change the tunables.",
 )  # fmt: skip
 @click.option(
+    "--tunable", "assumed", type=Tunable(), multiple=True, metavar="NAME=VALUE",
+    help="Predict for another value of a tunable of KSM: use_zero_pages=1, pages_to_scan=5000.",
+)  # fmt: skip
+@click.option(
     "--seed", type=click.IntRange(0, (1 << 64) - 1), metavar="N",
     help="Of the hash; drawn anew for each scan by default.",
 )  # fmt: skip
@@ -70,6 +74,7 @@ def command(
     passes: int | None,
     interval: float | None,
     full_scan: float | None,
+    assumed: tuple[tuple[str, int], ...],
     seed: int | None,
     threads: int | None,
     top: int | None,
@@ -95,6 +100,7 @@ def command(
                 passes=passes,
                 interval_seconds=interval,
                 full_scan_seconds=full_scan,
+                assumed=dict(assumed),
             ),
         )
     if output.json:

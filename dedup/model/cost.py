@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 import numpy as np
 
 from dedup.model.merge import RMAP_ITEM_BYTES, STABLE_NODE_BYTES
-from dedup.pages import Flag
+from dedup.pages import FRAME_MASK, Flag
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from dedup.pages import Pages
+    from dedup.model.merge import Prediction
+    from dedup.pages import Groups, Pages
 
     F64 = NDArray[np.float64]
 
@@ -627,6 +628,60 @@ def last_merge(pages: Pages) -> float:
     rank = pages.scan_order(np.flatnonzero(present))
     last = int(pages.scan_order(index).max())
     return float(np.count_nonzero(rank <= last)) / len(rank)
+
+
+def pair_in_huge_page(pages: Pages, groups: Groups) -> bool:
+    """Whether a content lies twice in one huge page and nowhere else: merged a scan later.
+
+    ksmd holds both pages then and can't split the huge page (mm/ksm.c, try_to_merge_one_page).
+
+    Parameters
+    ----------
+    pages, groups
+        As for `dedup.model.merge.predict`.
+    """
+    word = pages.frames[groups.order]
+    huge = (word & Flag.THP) != 0
+    if not huge.any():
+        return False
+    starts = groups.offsets[:-1]
+    folio = (word & FRAME_MASK).astype(np.int64) // pages.huge_pages
+    low, high = np.minimum.reduceat(folio, starts), np.maximum.reduceat(folio, starts)
+    every = np.logical_and.reduceat(huge & ((word & (Flag.ZERO | Flag.HIDDEN)) == 0), starts)
+    return bool((every & (low == high)).any())
+
+
+def load_of(pages: Pages, groups: Groups, prediction: Prediction, others: int = 0) -> Load:
+    """What ksmd has to do for a scan: the middle of each range.
+
+    Parameters
+    ----------
+    pages, groups
+        As for `dedup.model.merge.predict`.
+    prediction : Prediction
+    others : int
+        Pages that ksmd follows besides: they make its full scans longer.
+    """
+
+    def middle(name: str) -> int:
+        value = getattr(prediction, name)
+        return int(value) if value is not None else sum(prediction.bounds.get(name, (0, 0))) // 2
+
+    changing = int(
+        np.count_nonzero(pages.present & ((pages.frames & (Flag.VOLATILE | Flag.NEW)) != 0))
+    )
+    volatile = max(changing, middle("pages_volatile"))
+    placed = middle("ksm_zero_pages") - sum(p.ksm_zero_pages for p in pages.processes)
+    return Load(
+        pages_shared=middle("pages_shared"),
+        pages_sharing=middle("pages_sharing"),
+        pages_unshared=middle("pages_unshared") + others,
+        pages_volatile=volatile,
+        ksm_zero_pages=max(0, placed),
+        fork_shared=volatile - changing,
+        last_merge=last_merge(pages),
+        pair_in_huge_page=pair_in_huge_page(pages, groups),
+    )
 
 
 # -- fitting ---------------------------------------------------------------------------------------

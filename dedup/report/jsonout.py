@@ -58,7 +58,7 @@ def host_object(kernel: str, page_size: int, tunables: Mapping[str, int | str]) 
 
 def scan_object(scan: Scan, by: By | None = None, top: int = TOP) -> dict[str, Any]:
     """A scan whole; with `by`, the ranking of services too; `top` contents that free the most."""
-    from dedup.report import summary
+    from dedup.report import price, summary
     from dedup.report.why import Why
 
     pages = scan.pages
@@ -71,7 +71,7 @@ def scan_object(scan: Scan, by: By | None = None, top: int = TOP) -> dict[str, A
         scan=_scan_part(scan),
         prediction=_prediction(scan),
         smart_scan=_smart(scan.smart_scan),
-        cost={"metadata_bytes": scan.prediction.metadata_bytes},
+        cost=price.scan_cost_object(scan),
         processes=[
             _process(p, n, prediction, fate)
             for p, n, prediction, fate in zip(
@@ -128,6 +128,7 @@ def _scan_part(scan: Scan) -> dict[str, Any]:
         "seconds": scan.seconds,
         "scope": scan.scope,
         "passes": scan.passes,
+        "assumed_tunables": scan.assumed,
         "interval_seconds": scan.interval_seconds if scan.passes > 1 else None,
         "full_scan_seconds": scan.full_scan_seconds,
         "looks_seconds": scan.looks_seconds,

@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from dedup.report import summary
+from dedup.report import price, summary
 from dedup.report.hints import as_root, typable
 from dedup.report.names import ANONYMOUS, safe, shorten
 from dedup.report.why import FREED_CODES, KERNELS_OWN, NO_MEMORY, Why
@@ -163,6 +163,8 @@ class View:
         if self._known("frames_freed")[1] > 0:
             parts.append(self._account())
         parts += [Text(), *self._counters()]
+        if self._known("frames_freed")[1] > 0:
+            parts += [Text(), *self._price()]
         parts += [*self._why_not_more(), *self._contents()]
         if self.by is not None:
             parts += [Text(), *self._services(self.by)]
@@ -331,6 +333,20 @@ class View:
         if len(most) > NAMES:
             who += f" and {sum(n for _, n in most[NAMES:])} more"
         return f"{who}: {words}"
+
+    def _price(self) -> list[RenderableType]:
+        """What it costs, at the present pace and at others."""
+        found = price.rows(self.scan)
+        calibrated = any(cpu for _, _, cpu, _ in found)
+        columns = [Column("PAGES A BATCH", 3), Column("CONVERGED IN", 9, right=False)]
+        if calibrated:
+            columns += [Column("CPU UNTIL THEN", 2, right=False), Column("CORE LATER", 1)]
+        else:
+            found = found[:1]
+        shown = [list(row[: len(columns)]) for row in found]
+        sleep = {**self.scan.tunables, **self.scan.assumed}.get("sleep_millisecs", 20)
+        title = f"ksmd's price, from scratch, with sleeps of {sleep} ms"
+        return [Text(title, "bold"), self._table(columns, shown, flexible=1)]
 
     # -- tables --------------------------------------------------------------------------------
 
@@ -576,7 +592,7 @@ class View:
 
     def _notes(self) -> list[RenderableType]:
         scan = self.scan
-        words = [self._looks(), *filter(None, [self._smart()])]
+        words = [self._looks(), *filter(None, [self._smart(), price.advice(scan)])]
         if scan.overstated_most_pages:
             words.append(
                 f"Up to {count(scan.overstated_most_pages, 'page')} of pages_sharing will be "

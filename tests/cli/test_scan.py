@@ -322,3 +322,26 @@ def test_why_not_more(dedup: Dedup, target: subprocess.Popen[str]) -> None:
     assert sum(n for code, n in parts.items() if code not in elsewhere) == scan["scan"]["pages"]
     assert scan["processes"][0]["pages_by_fate"].keys() >= parts.keys() - {"not_eligible"}
     assert "Why not more?" in dedup("scan", "--pid", str(target.pid), *QUICK).out
+
+
+def test_other_tunables_can_be_assumed(dedup: Dedup, target: subprocess.Popen[str]) -> None:
+    args = ("scan", "--pid", str(target.pid), *QUICK, "--json")
+    present = dedup(*args).json
+    other = dedup(*args, "--tunable", "use_zero_pages=1", "--tunable", "pages_to_scan=7").json
+    assert present["scan"]["assumed_tunables"] == {}
+    assert other["scan"]["assumed_tunables"] == {"use_zero_pages": 1, "pages_to_scan": 7}
+    assert other["prediction"]["ksm_zero_pages"] > 0
+    assert other["cost"]["converge_seconds"] > present["cost"]["converge_seconds"]
+    assert [p["tunables"]["pages_to_scan"] for p in other["cost"]["proposals"]] == [
+        1000, 5000, 20_000,
+    ]  # fmt: skip
+    assert other["cost"]["calibrated"] == (other["cost"]["cpu_seconds"] is not None)
+
+
+@pytest.mark.parametrize(
+    "assumed", ["pages_to_scan", "run=1", "use_zero_pages=2", "max_page_sharing=1", "x=y"]
+)
+def test_a_tunable_that_means_nothing(dedup: Dedup, assumed: str) -> None:
+    result = dedup("scan", "--pid", "1", "--tunable", assumed)
+    assert result.status == 2
+    assert "Traceback" not in result.err

@@ -8,7 +8,7 @@ import numpy as np
 
 from dedup import grouping
 from dedup.kernel.memory import Tally
-from dedup.model import merge
+from dedup.model import cost, merge
 from dedup.pages import Flag, Pages, Process, ProcessId, Region, Skipped
 from dedup.scanning import Scan
 
@@ -94,12 +94,14 @@ def make(
     )
     groups = grouping.group(pages)
     rules = merge.Rules()
+    prediction = merge.predict(pages, groups, rules)
+    load = cost.load_of(pages, groups, prediction)
     return Scan(
         kernel="6.18.0",
         tunables=TUNABLES if tunables is None else tunables,
         pages=pages,
         groups=groups,
-        prediction=merge.predict(pages, groups, rules),
+        prediction=prediction,
         rules=rules,
         tally=Tally(hash_source="test", threads=1),
         seed=1,
@@ -109,4 +111,5 @@ def make(
         passes=looks,
         scope="compatible",
         pagemap_scan=True,
+        cost=cost.price(load, cost.Settings(100, 20, 0.004), None),
     )
