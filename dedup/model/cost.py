@@ -619,15 +619,21 @@ def last_merge(pages: Pages) -> float:
     pages : Pages
         Marked by `dedup.grouping.group`.
     """
-    present = pages.present
-    merges = present & ((pages.frames & Flag.DUPLICATE) != 0)
-    merges &= (pages.frames & (Flag.VOLATILE | Flag.NEW)) == 0
-    index = np.flatnonzero(merges)
-    if not len(index):
-        return 1.0
-    rank = pages.scan_order(np.flatnonzero(present))
-    last = int(pages.scan_order(index).max())
-    return float(np.count_nonzero(rank <= last)) / len(rank)
+    gone = np.uint64(Flag.GONE | Flag.UNREAD)
+    unstable = np.uint64(Flag.VOLATILE | Flag.NEW)
+    after = 0
+    # From the end on: mostly some page of the last run merges.
+    for first, count in zip(
+        pages.run_first[::-1].tolist(), pages.run_count[::-1].tolist(), strict=True
+    ):
+        word = pages.frames[first : first + count]
+        present = (word & gone) == 0
+        merges = np.flatnonzero(present & ((word & Flag.DUPLICATE) != 0) & ((word & unstable) == 0))
+        if len(merges):
+            after += int(np.count_nonzero(present[int(merges[-1]) + 1 :]))
+            return 1 - after / int(np.count_nonzero((pages.frames & gone) == 0))
+        after += int(np.count_nonzero(present))
+    return 1.0
 
 
 def pair_in_huge_page(pages: Pages, groups: Groups) -> bool:
@@ -667,9 +673,10 @@ def load_of(pages: Pages, groups: Groups, prediction: Prediction, others: int = 
         value = getattr(prediction, name)
         return int(value) if value is not None else sum(prediction.bounds.get(name, (0, 0))) // 2
 
-    changing = int(
-        np.count_nonzero(pages.present & ((pages.frames & (Flag.VOLATILE | Flag.NEW)) != 0))
-    )
+    changing = 0
+    if pages.looks > 1:
+        changed = (pages.frames & (Flag.VOLATILE | Flag.NEW)) != 0
+        changing = int(np.count_nonzero(changed & pages.present))
     volatile = max(changing, middle("pages_volatile"))
     placed = middle("ksm_zero_pages") - sum(p.ksm_zero_pages for p in pages.processes)
     return Load(
