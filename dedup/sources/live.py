@@ -23,7 +23,7 @@ from dedup.errors import (
     ProcessGone,
 )
 from dedup.kernel import ksm as ksm_interface
-from dedup.kernel import maps, memory, pagemap, processes
+from dedup.kernel import maps, memory, numa, pagemap, processes
 from dedup.model.eligibility import why_not
 from dedup.pages import FRAME_MASK, Flag, Pages, Process, Region, Skipped
 
@@ -114,6 +114,7 @@ class LiveSource:
             frames_known=self.sight.frames,
             huge_known=self.sight.kpageflags or self.sight.pagemap_scan,
             huge_pages=max(1, self.sight.huge_bytes // self.sight.page_size),
+            nodes=numa.nodes(),
         )
         self.pages = pages
         self._each_batch(list(self.pids), first=True)
@@ -292,9 +293,11 @@ class LiveSource:
     def _process_index(self, handle: Handle, counters: ksm_interface.ProcessCounters | None) -> int:
         pages = self.pages
         assert pages is not None
-        if handle.pid in self._index:
-            return self._index[handle.pid]
         info = handle.info
+        if handle.pid in self._index:
+            index = self._index[handle.pid]
+            pages.processes[index] = replace(pages.processes[index], pinned_bytes=info.pinned_bytes)
+            return index
         self._index[handle.pid] = len(pages.processes)
         self._programs[handle.pid] = info.program
         pages.processes.append(
@@ -305,6 +308,7 @@ class LiveSource:
                 cgroup=info.cgroup,
                 unit=info.unit,
                 ksm_zero_pages=counters.ksm_zero_pages if counters else 0,
+                pinned_bytes=info.pinned_bytes,
             )
         )
         return self._index[handle.pid]
