@@ -19,7 +19,7 @@ from dedup.errors import Unsupported
 from dedup.kernel.ksm import TUNABLES, Counters, Ksm, users
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from types import TracebackType
 
 TARGET = Path(__file__).with_name("target.py")
@@ -122,6 +122,7 @@ class KsmControl:
     def __init__(self) -> None:
         self.ksm = Ksm()
         self.before = self.ksm.tunables()
+        self._nap = 1_800_000
 
     def take(self) -> None:
         """Unmerge everything, and let ksmd be quick and come by all pages."""
@@ -137,6 +138,22 @@ class KsmControl:
     def start(self) -> None:
         """Let ksmd merge."""
         self.ksm.write("run", 1)
+
+    def step(self) -> None:
+        """One full scan; ksmd sleeps after it, and all counters stand still.
+
+        A write of `sleep_millisecs` wakes it (mm/ksm.c, sleep_millisecs_store). A scan that ends
+        in between reads the new value and sleeps on: so a second write never makes two scans.
+        """
+        before = self.ksm.counters().full_scans
+        deadline = time.monotonic() + 30
+        while self.ksm.counters().full_scans == before:
+            assert time.monotonic() < deadline, (self.ksm.counters(), self.ksm.tunables())
+            self._nap = 3_600_001 - self._nap
+            self.set(sleep_millisecs=self._nap)
+            end = time.monotonic() + 0.02
+            while self.ksm.counters().full_scans == before and time.monotonic() < end:
+                time.sleep(0.0002)
 
     def stop(self) -> None:
         """Put ksmd to rest; what is merged stays."""
@@ -175,9 +192,14 @@ class KsmControl:
             counters = self.ksm.counters()
         return counters
 
-    def alone(self) -> None:
+    def alone(self, ours: Iterable[int] = ()) -> None:
         """Fail where other processes have mergeable memory: all counters would be theirs too."""
-        others = users()
+        deadline = time.monotonic() + 30
+        while others := {pid: name for pid, name in users().items() if pid not in set(ours)}:
+            # Another test's, at its end perhaps.
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
         assert not others, f"other processes have mergeable memory: {others}"
 
     def restore(self) -> None:
