@@ -133,7 +133,21 @@ class KsmControl:
         """Write tunables; those that this kernel lacks are left out."""
         for name, value in values.items():
             if name in self.before:
-                self.ksm.write(name, value)
+                self._write(name, value)
+
+    def _write(self, name: str, value: int | str) -> None:
+        """Write a tunable; the kernel refuses some while a process that ends still maps KSM pages.
+
+        It has left ksmd's list by then (mm/ksm.c, remove_stable_node), so nothing tells but this.
+        """
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                return self.ksm.write(name, value)
+            except Unsupported:
+                if name != "max_page_sharing" or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.01)
 
     def start(self) -> None:
         """Let ksmd merge."""
@@ -210,7 +224,7 @@ class KsmControl:
         for name in [*names, "advisor_mode", "run"]:
             if name in self.before and self.ksm.tunables()[name] != self.before[name]:
                 with suppress(Unsupported):  # held by the advisor: its own affair
-                    self.ksm.write(name, self.before[name])
+                    self._write(name, self.before[name])
         after = self.ksm.tunables()
         assert after == self.before, (self.before, after)
 

@@ -158,8 +158,11 @@ class _Copies:
 
     @property
     def alone(self) -> Bool:
-        """Frames with this one mapping, by pagemap; a KSM page can be called so too."""
-        return np.asarray(((self.word & Flag.EXCLUSIVE) != 0) & ~self.ksm)
+        """Frames with this one mapping, by pagemap; a KSM page can be called so too.
+
+        Of a huge page mapped as one, pagemap calls all pages exclusive where its first one is.
+        """
+        return np.asarray(((self.word & Flag.EXCLUSIVE) != 0) & ~self.ksm & ~self.thp)
 
     def take(self, which: Bool | I64 | slice) -> _Copies:
         """Some of them."""
@@ -639,7 +642,11 @@ class _Model:
         empties the batch (mm/mlock.c, munlock_folio). Where such a page lies in the unstable tree,
         a merge with it fails half way.
         """
-        return np.asarray(((c.word & Flag.LOCKED) != 0) & ~c.alone & ~c.ksm)
+        locked: Bool = np.asarray(((c.word & Flag.LOCKED) != 0) & ~c.alone & ~c.ksm)
+        if locked.any():
+            _, which, mappings = np.unique(c.frame, return_inverse=True, return_counts=True)
+            locked &= (mappings[which] > 1) | c.maybe_shared
+        return locked
 
     def _special(self, c: _Copies) -> None:
         """One content with KSM pages, hidden sharing, or forks beyond the limit."""

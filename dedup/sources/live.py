@@ -424,7 +424,9 @@ def mark_outside(pages: Pages, groups: Groups, sight: Sight) -> None:
     if not sight.kpagecount:
         return
     word = pages.frames[groups.order]
-    mask = ((word & Flag.EXCLUSIVE) == 0) & ((word & (Flag.KSM | Flag.HIDDEN)) == 0)
+    # In a huge page mapped as one, the mark is that of its first page.
+    mask = ((word & Flag.EXCLUSIVE) == 0) | ((word & Flag.THP) != 0)
+    mask &= (word & (Flag.KSM | Flag.HIDDEN)) == 0
     index = groups.order[mask]
     frames, which, seen = np.unique(
         (word[mask] & FRAME_MASK).astype(np.int64), return_inverse=True, return_counts=True
