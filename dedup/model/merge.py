@@ -725,8 +725,15 @@ class _Model:
         # A split maps zero subpages to the shared zero page, but not if the huge page is locked.
         vanishing = c.thp & ~np.isin(folio, locked)
         unclear = bool(self.pinned) or self.blind > 1
+        # Of a locked huge page that a child shares, the child's part may stay or go: the split
+        # takes the parent's lock from it, now or when the CPU's batch is emptied.
+        either = c.thp & ~vanishing & ((c.word & Flag.LOCKED) == 0)
         if self.rules.use_zero_pages:
             self._to_zero_page(c, folio, vanishing)
+            self.zero.low -= int(either.sum())
+            self.zero_by_process[:, 0] -= self._count(c, either)
+        elif either.any():
+            self._anything(c, folio, vanishing | either)
         elif vanishing.any() and unclear:
             self._anything(c, folio, vanishing)
         elif self.blind > 1:
