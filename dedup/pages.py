@@ -59,6 +59,8 @@ class Process:
     """Pages that KSM has mapped to the shared zero page already."""
     ksm_rmap_items: int = 0
     """Pages that ksmd follows already."""
+    pinned_bytes: int = 0
+    """Memory pinned for devices and io_uring (VmPin); which pages it is can't be seen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,26 @@ class Region:
     ksm_bytes: int = 0
     resident_bytes: int | None = None
     """All that is mapped, pages of files included; None where the source does not tell."""
+
+
+@dataclass(frozen=True, slots=True)
+class Nodes:
+    """Which NUMA node a frame belongs to: range i goes from frame ``start[i]`` to the next one's.
+
+    Frames below the first range count to it.
+    """
+
+    start: I64
+    """Ascending."""
+    node: I64
+
+    def __len__(self) -> int:
+        return len(np.unique(self.node))
+
+    def of(self, frame: I64) -> I64:
+        """Node of each frame."""
+        at = np.searchsorted(self.start, frame, side="right") - 1
+        return np.asarray(self.node[np.maximum(at, 0)])
 
 
 @dataclass(slots=True)
@@ -123,6 +145,8 @@ class Pages:
     huge_known: bool = True
     huge_pages: int = 512
     """Pages in a PMD-mapped huge page."""
+    nodes: Nodes | None = None
+    """None where the host has one NUMA node."""
     skipped: list[Skipped] = field(default_factory=list)
 
     @property

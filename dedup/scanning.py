@@ -188,6 +188,7 @@ def rules_of(tunables: dict[str, int | str], *, order_known: bool = False) -> Ru
         max_page_sharing=int(tunables.get("max_page_sharing", 256)),
         use_zero_pages=bool(tunables.get("use_zero_pages", 0)),
         order_known=order_known,
+        merge_across_nodes=bool(tunables.get("merge_across_nodes", 1)),
     )
 
 

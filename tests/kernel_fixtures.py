@@ -19,7 +19,7 @@ from dedup.errors import Unsupported
 from dedup.kernel.ksm import TUNABLES, Counters, Ksm, users
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from types import TracebackType
 
 TARGET = Path(__file__).with_name("target.py")
@@ -122,6 +122,7 @@ class KsmControl:
     def __init__(self) -> None:
         self.ksm = Ksm()
         self.before = self.ksm.tunables()
+        self._nap = 1_800_000
 
     def take(self) -> None:
         """Unmerge everything, and let ksmd be quick and come by all pages."""
@@ -132,11 +133,41 @@ class KsmControl:
         """Write tunables; those that this kernel lacks are left out."""
         for name, value in values.items():
             if name in self.before:
-                self.ksm.write(name, value)
+                self._write(name, value)
+
+    def _write(self, name: str, value: int | str) -> None:
+        """Write a tunable; the kernel refuses some while a process that ends still maps KSM pages.
+
+        It has left ksmd's list by then (mm/ksm.c, remove_stable_node), so nothing tells but this.
+        """
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                return self.ksm.write(name, value)
+            except Unsupported:
+                if name != "max_page_sharing" or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.01)
 
     def start(self) -> None:
         """Let ksmd merge."""
         self.ksm.write("run", 1)
+
+    def step(self) -> None:
+        """One full scan; ksmd sleeps after it, and all counters stand still.
+
+        A write of `sleep_millisecs` wakes it (mm/ksm.c, sleep_millisecs_store). A scan that ends
+        in between reads the new value and sleeps on: so a second write never makes two scans.
+        """
+        before = self.ksm.counters().full_scans
+        deadline = time.monotonic() + 30
+        while self.ksm.counters().full_scans == before:
+            assert time.monotonic() < deadline, (self.ksm.counters(), self.ksm.tunables())
+            self._nap = 3_600_001 - self._nap
+            self.set(sleep_millisecs=self._nap)
+            end = time.monotonic() + 0.02
+            while self.ksm.counters().full_scans == before and time.monotonic() < end:
+                time.sleep(0.0002)
 
     def stop(self) -> None:
         """Put ksmd to rest; what is merged stays."""
@@ -175,9 +206,14 @@ class KsmControl:
             counters = self.ksm.counters()
         return counters
 
-    def alone(self) -> None:
+    def alone(self, ours: Iterable[int] = ()) -> None:
         """Fail where other processes have mergeable memory: all counters would be theirs too."""
-        others = users()
+        deadline = time.monotonic() + 30
+        while others := {pid: name for pid, name in users().items() if pid not in set(ours)}:
+            # Another test's, at its end perhaps.
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
         assert not others, f"other processes have mergeable memory: {others}"
 
     def restore(self) -> None:
@@ -188,7 +224,7 @@ class KsmControl:
         for name in [*names, "advisor_mode", "run"]:
             if name in self.before and self.ksm.tunables()[name] != self.before[name]:
                 with suppress(Unsupported):  # held by the advisor: its own affair
-                    self.ksm.write(name, self.before[name])
+                    self._write(name, self.before[name])
         after = self.ksm.tunables()
         assert after == self.before, (self.before, after)
 

@@ -33,6 +33,10 @@ for _name in ("munmap", "mlock"):
 for _name in ("madvise", "mprotect"):
     getattr(LIBC, _name).argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 PROTECTION = {"rw": 3, "r": 1, "none": 0}
+# x86-64 and arm64; those of io_uring are the same everywhere.
+SYSTEM_CALLS = {"vmsplice": (278, 75), "userfaultfd": (323, 282)}
+IO_URING_SETUP, IO_URING_REGISTER = 425, 427
+UFFDIO_API, UFFDIO_REGISTER = 0xC018AA3F, 0xC020AA00
 ADVICE = {
     "dontneed": 4,
     "free": 8,
@@ -40,7 +44,14 @@ ADVICE = {
     "unmergeable": 13,
     "hugepage": 14,
     "nohugepage": 15,
+    "pageout": 21,
 }
+
+
+class Vector(ctypes.Structure):
+    """struct iovec."""
+
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
 
 
 def check(result: int | None, what: str) -> int:
@@ -130,6 +141,41 @@ class Target:
     def lock(self, name: str, at: int, count: int) -> None:
         """mlock pages."""
         check(LIBC.mlock(self.start[name] + at * PAGE, count * PAGE), "mlock")
+
+    def _pieces(self, name: str, pages: list[int]) -> Any:
+        pieces = [Vector(self.start[name] + p * PAGE, PAGE) for p in pages]
+        return (Vector * len(pieces))(*pieces)
+
+    def register_buffers(self, name: str, pages: list[int]) -> int:
+        """Pin pages as buffers of an io_uring; gives its descriptor, `close` unpins them."""
+        parameters = ctypes.create_string_buffer(120)
+        ring = check(LIBC.syscall(IO_URING_SETUP, 1, parameters), "io_uring_setup")
+        pieces = self._pieces(name, pages)
+        check(LIBC.syscall(IO_URING_REGISTER, ring, 0, pieces, len(pieces)), "io_uring_register")
+        return ring
+
+    def splice(self, name: str, pages: list[int]) -> int:
+        """Pin pages by vmsplice to a pipe; gives its end to read."""
+        read_end, write_end = os.pipe()
+        number = SYSTEM_CALLS["vmsplice"][os.uname().machine != "x86_64"]
+        pieces = self._pieces(name, pages)
+        done = check(LIBC.syscall(number, write_end, pieces, len(pieces), 0), "vmsplice")
+        if done != len(pages) * PAGE:
+            raise OSError(0, f"vmsplice took {done} bytes")
+        return read_end
+
+    def close(self, descriptor: int) -> None:
+        """Close a descriptor."""
+        os.close(descriptor)
+
+    def watch_faults(self, name: str, mode: int) -> None:
+        """Register a mapping with userfaultfd: mode 1 for missing pages, 2 for write protection."""
+        number = SYSTEM_CALLS["userfaultfd"][os.uname().machine != "x86_64"]
+        fd = check(LIBC.syscall(number, 1), "userfaultfd")  # UFFD_USER_MODE_ONLY
+        api = (ctypes.c_uint64 * 3)(0xAA, 0, 0)
+        check(LIBC.ioctl(fd, ctypes.c_ulong(UFFDIO_API), api), "UFFDIO_API")
+        area = (ctypes.c_uint64 * 4)(self.start[name], self.size[name], mode, 0)
+        check(LIBC.ioctl(fd, ctypes.c_ulong(UFFDIO_REGISTER), area), "UFFDIO_REGISTER")
 
     def unmap(self, name: str) -> None:
         """munmap a mapping."""

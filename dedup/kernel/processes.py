@@ -40,6 +40,8 @@ class Info:
     reaped_faults: int
     """Page faults of children that it waited for: more than 0 when it has forked before."""
     anonymous_bytes: int
+    pinned_bytes: int
+    """VmPin: pinned for devices and io_uring; vmsplice, for one, does not count."""
     cgroup: str
     tgid: int
     """The process, where the pid is that of a thread."""
@@ -187,6 +189,7 @@ def _parse(pid: int, stat: bytes, status: bytes, cgroup: bytes) -> Info:
     uid = re.search(rb"^Uid:\s+(\d+)", status, re.MULTILINE)
     tgid = re.search(rb"^Tgid:\s+(\d+)", status, re.MULTILINE)
     anonymous = re.search(rb"^RssAnon:\s+(\d+)", status, re.MULTILINE)
+    pinned = re.search(rb"^VmPin:\s+(\d+)", status, re.MULTILINE)
     return Info(
         id=ProcessId(pid, int(f[19])),
         name=head.partition(b"(")[2].decode(errors="surrogateescape"),
@@ -196,6 +199,7 @@ def _parse(pid: int, stat: bytes, status: bytes, cgroup: bytes) -> Info:
         kernel_thread=bool(int(f[6]) & 0x00200000),
         reaped_faults=int(f[8]) + int(f[10]),
         anonymous_bytes=int(anonymous[1]) * 1024 if anonymous else 0,
+        pinned_bytes=int(pinned[1]) * 1024 if pinned else 0,
         cgroup=_cgroup_path(cgroup.decode(errors="surrogateescape")),
         tgid=int(tgid[1]) if tgid else pid,
         # start_code, start_stack, arg_start (proc_pid_stat(5)).

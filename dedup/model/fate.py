@@ -112,7 +112,9 @@ def room(m: Members, limit: int) -> int:
     return int(np.maximum(0, limit - lengths).sum())
 
 
-def known(m: Members, limit: int, *, order_known: bool, delayed: bool = False) -> Fate:
+def known(
+    m: Members, limit: int, *, order_known: bool, delayed: bool = False, spoils: bool = False
+) -> Fate:
     """The fate of a content whose frames are known.
 
     Parameters
@@ -124,6 +126,9 @@ def known(m: Members, limit: int, *, order_known: bool, delayed: bool = False) -
         Whether `rank` is the order of scanning between processes too.
     delayed : bool
         Whether ksmd may have to leave any mapping for a later scan (see `poisoned`).
+    spoils : bool
+        Whether merges of two pages may fail half way, so that what shares a frame by fork never
+        merges (see `poisoned`).
     """
     new = ~m.ksm
     nodes = len(np.unique(m.frame[m.ksm]))
@@ -142,10 +147,23 @@ def known(m: Members, limit: int, *, order_known: bool, delayed: bool = False) -
     if d == 1:
         # One frame, shared by fork: what finds room on a node joins, nothing else merges.
         out = n - free
-        stays = new if not order_known else new & (m.rank >= np.sort(m.rank[new])[free])
+        stays = new if delayed or not order_known else new & (m.rank >= np.sort(m.rank[new])[free])
         return Fate((nodes, nodes), (out, out), (1, 1), (0, 0), stays)
     if not nodes and n <= limit:
         return Fate((1, 1), (0, 0), (0, 0), (d - 1, d - 1), nobody)
+    if spoils:
+        # What finds room on a node joins in the end; only pairs are at risk.
+        surely = min(n, free if nodes else limit)
+        at_risk = int(copies[copies > 1].sum())
+        least = max(nodes, 1)
+        return Fate(
+            (least, nodes + min(d, _most_nodes(n - free, limit))),
+            (0, n - surely),
+            (0, 1),
+            (-at_risk, d + nodes - least),
+            new,
+            one_frame=False,
+        )
     if order_known and not delayed and not _twins(m).any():
         order = np.argsort(m.rank)
         end = simulate(m.frame[order].tolist(), m.ksm[order].tolist(), limit)
@@ -202,7 +220,9 @@ def _last(m: Members, new: Bool, *, order_known: bool, delayed: bool) -> Bool:
     return stays
 
 
-def poisoned(m: Members, fate: Fate, limit: int, *, order_known: bool) -> Fate:
+def poisoned(
+    m: Members, fate: Fate, limit: int, *, order_known: bool, delayed: bool = False
+) -> Fate:
     """All-zero pages beside all-zero pages of huge pages: widen the fate by what may go wrong.
 
     When one in a huge page lies in the unstable tree and another page is merged with it, the
@@ -230,11 +250,11 @@ def poisoned(m: Members, fate: Fate, limit: int, *, order_known: bool) -> Fate:
             for p in ([None] if order_known else np.unique(m.process[at]).tolist())
             for mine in [at if p is None else at[m.process[at] == p]]
         ]
-        risky = frames[np.isin(frames, m.frame[firsts]) & (copies > 1)]
+        risky = frames[(np.isin(frames, m.frame[firsts]) | delayed) & (copies > 1)]
         first_is_safe = not len(risky)
         others = int(copies[np.isin(frames, risky)].max()) - 1 if len(risky) else 0
         stays = new & np.isin(m.frame, risky)
-        if order_known:
+        if order_known and not delayed:
             stays[firsts] = False
     merged_already = bool(m.ksm.any() or m.maybe_ksm.any())
     if not merged_already and n <= limit and fate.nodes[0] == 1:
@@ -289,3 +309,18 @@ def hidden(m: Members, limit: int, *, order_known: bool, delayed: bool = False) 
     if least >= 2:
         return _overflow(0, 0, n, own, n, sharers, limit, everyone)
     return Fate((0, _most_nodes(n, limit)), (0, n), (0, 1), (0, n - 1), everyone, one_frame=False)
+
+
+def spread(m: Members, limit: int, nodes: int) -> Fate:
+    """The fate of a content whose frames are hidden, on so many NUMA nodes that merge apart."""
+    n = len(m)
+    # A KSM page may have one mapping left.
+    most = n if m.maybe_ksm.any() else min(n // 2, _most_nodes(n, limit) + nodes - 1)
+    return Fate(
+        (0, most),
+        (0, n),
+        (0, min(n, nodes)),
+        (0, n - 1),
+        np.ones(n, bool),
+        one_frame=False,
+    )

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from dedup.model import fate
+from dedup.model import fate, pins
 from dedup.model.fate import Members, closed_form
-from dedup.pages import FRAME_MASK, Flag
+from dedup.model.order import ON_ZERO_PAGE, Memory, Scanner
+from dedup.pages import FRAME_MASK, Flag, Groups
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dedup.model.fate import Fate
-    from dedup.pages import I64, U64, Bool, Groups, Pages
+    from dedup.pages import I64, U64, Bool, Nodes, Pages
 
 RMAP_ITEM_BYTES: Final = 64
 STABLE_NODE_BYTES: Final = 64
@@ -29,6 +30,9 @@ NOT_SIMPLE: Final = Flag.KSM | Flag.ZERO | Flag.OUTSIDE | Flag.HIDDEN
 """Flags of pages for which more than their number decides."""
 
 UNSTABLE: Final = Flag.VOLATILE | Flag.NEW
+
+LINKED_MOST: Final = 1 << 18
+"""Mappings that are scanned one by one at the most, where that makes ranges one number: 1 s."""
 
 FIELDS: Final = (
     "pages_shared",
@@ -59,6 +63,8 @@ class Rules:
     use_zero_pages: bool = False
     order_known: bool = False
     """Whether ksmd comes by the processes in the order of `Pages.processes`."""
+    merge_across_nodes: bool = True
+    """Off: only copies on the same NUMA node merge (`Pages.nodes`)."""
 
 
 @dataclass(slots=True)
@@ -152,10 +158,13 @@ class _Copies:
 
     @property
     def alone(self) -> Bool:
-        """Frames with this one mapping, by pagemap; a KSM page can be called so too."""
-        return np.asarray(((self.word & Flag.EXCLUSIVE) != 0) & ~self.ksm)
+        """Frames with this one mapping, by pagemap; a KSM page can be called so too.
 
-    def take(self, which: Bool | slice) -> _Copies:
+        Of a huge page mapped as one, pagemap calls all pages exclusive where its first one is.
+        """
+        return np.asarray(((self.word & Flag.EXCLUSIVE) != 0) & ~self.ksm & ~self.thp)
+
+    def take(self, which: Bool | I64 | slice) -> _Copies:
         """Some of them."""
         return _Copies(
             self.index[which],
@@ -187,12 +196,31 @@ def predict(pages: Pages, groups: Groups, rules: Rules) -> Prediction:
     -------
     Prediction
     """
-    return _Model(pages, groups, rules).run(volatile_known=pages.looks >= 2)
+    volatile_known = pages.looks >= 2
+    found = _Model(pages, groups, rules).run(volatile_known=volatile_known)
+    exact = not found.bounds and not any(p.bounds for p in found.processes)
+    order_known = rules.order_known or len(pages.processes) <= 1
+    pinned = any(p.pinned_bytes for p in pages.processes)
+    if exact or pinned or not order_known or not pages.frames_known:
+        return found
+    # Several contents in one huge page decide over each other: one after the other, then.
+    linked = _Model(pages, groups, rules, linked=True)
+    scanned = linked.run(volatile_known=volatile_known)
+    return found if linked.undecided else scanned
 
 
 class _Model:
-    def __init__(self, pages: Pages, groups: Groups, rules: Rules) -> None:
+    def __init__(self, pages: Pages, groups: Groups, rules: Rules, *, linked: bool = False) -> None:
         self.pages, self.groups, self.rules = pages, groups, rules
+        self.linked = linked
+        nodes = None if rules.merge_across_nodes else pages.nodes
+        self.nodes = nodes if pages.frames_known else None
+        self.blind = 1 if nodes is None or pages.frames_known else len(nodes)
+        """NUMA nodes between which hidden frames may be spread."""
+        self.lonely = np.empty(0, np.int64)
+        """Pages whose copies are all on other nodes."""
+        if self.nodes is not None:
+            self.groups, self.lonely = by_node(pages, groups, self.nodes)
         self.limit = rules.max_page_sharing
         n_processes = len(pages.processes)
         self.shared, self.sharing, self.unshared, self.volatile = (Range() for _ in range(4))
@@ -212,6 +240,18 @@ class _Model:
         self.may_split: set[int] = set()
         self.one_stays: list[set[int]] = []
         self.shared_folios: set[int] = set()
+        self.undecided = False
+        """Linked, and still not one number."""
+        self.cut = False
+        """Searches of the unstable tree may be cut short, so that any page waits for a scan.
+
+        ksmd gives a search up where it comes by an all-zero page that the split of its huge page
+        has taken out of KSM (mm/ksm.c, unstable_tree_search_insert); whether it does depends on
+        the bytes of all pages in the tree.
+        """
+        self.safe_splits: set[int] | None = None
+        """With pinned pages: the huge pages that split unless pinned themselves."""
+        self.pinned = sum(-(-p.pinned_bytes // pages.page_size) for p in pages.processes)
 
     def run(self, *, volatile_known: bool) -> Prediction:
         pages = self.pages
@@ -221,13 +261,30 @@ class _Model:
         self.volatile.add(int(np.count_nonzero(unstable)))
         stable = present & ~unstable
         zero = (pages.frames & Flag.ZERO) != 0
-        self._singles(stable & ~zero & ((pages.frames & Flag.DUPLICATE) == 0))
-        self._contents(self._all_but_simple())
-        index = np.flatnonzero(stable & zero)
-        if len(index):
-            self._zero(self._copies(index, np.zeros(len(index), np.int64), 1))
+        single = stable & ((pages.frames & Flag.DUPLICATE) == 0)
+        single[self.lonely] = True
+        self._singles(single & ~zero)
+        contents = self._all_but_simple()
+        zeros = self._zeros(np.flatnonzero(stable & zero))
+        self.cut = bool((zeros.thp & ((zeros.word & Flag.LOCKED) == 0)).any())
+        if self.linked:
+            contents, zeros = self._scan_linked(contents, zeros)
+        self._contents(contents)
+        for g in np.unique(zeros.group).tolist():
+            self._zero(zeros.take(zeros.group == g))
+        if self.pinned:
+            self._widen(zeros)
         self.zero.add(sum(p.ksm_zero_pages for p in pages.processes))
         return self._result(rmap_by_process, volatile_known=volatile_known)
+
+    def _zeros(self, index: I64) -> _Copies:
+        """All-zero pages, a content for each node that merges apart."""
+        group, groups = np.zeros(len(index), np.int64), 1
+        if self.nodes is not None and len(index):
+            frame = (self.pages.frames[index] & FRAME_MASK).astype(np.int64)
+            names, group = np.unique(self.nodes.of(frame), return_inverse=True)
+            groups = len(names)
+        return self._copies(index, group, groups)
 
     def _all_but_simple(self) -> _Copies:
         """Add up the contents of exclusive pages; give the others, all-zero ones left out.
@@ -244,7 +301,7 @@ class _Model:
         nodes, left = closed_form(sizes, self.limit)
         huge = (some & Flag.THP) != 0
         # In a huge page the last in the order need not be the one left over.
-        simple &= ~huge | (left == 0)
+        simple &= ~huge | (left == 0 if not self.linked else np.zeros_like(huge))
         # Which of several processes a mapping belongs to is the others' way to find out.
         simple &= len(self.pages.processes) == 1
         freed = np.where(simple, sizes - nodes - left, 0)
@@ -371,9 +428,11 @@ class _Model:
             return
         n = np.bincount(c.group, minlength=c.groups)
         ksm = np.bincount(c.group, c.ksm, c.groups).astype(np.int64)
-        d = _distinct(c.group, c.frame, c.groups, c.alone)
-        old = _distinct(c.group[c.ksm], c.frame[c.ksm], c.groups)
+        d = distinct(c.group, c.frame, c.groups, c.alone)
+        old = distinct(c.group[c.ksm], c.frame[c.ksm], c.groups)
         unclear = np.bincount(c.group, c.maybe_shared | c.maybe_ksm, c.groups) > 0
+        if self.blind > 1:
+            unclear[:] = True
         outside = np.bincount(c.group, (c.word & Flag.OUTSIDE) != 0, c.groups) > 0
         huge = np.bincount(c.group, c.thp, c.groups) > 0
         there = n > 0
@@ -409,10 +468,11 @@ class _Model:
         Without root that is what forked processes have by the thousand: one frame each, or not.
         """
         hidden = np.bincount(c.group, c.maybe_shared & ~c.maybe_ksm, c.groups)
+        among = among & (self.blind == 1)
         unknown: Bool = np.asarray(among & (hidden == n) & (n >= 2) & (n <= self.limit))
         if not unknown.any():
             return unknown
-        unknown &= _distinct(c.group, c.process, c.groups) == n
+        unknown &= distinct(c.group, c.process, c.groups) == n
         contents, mappings = int(np.count_nonzero(unknown)), int(n[unknown].sum())
         self.shared.add(0, contents)
         self.sharing.add(0, mappings - contents)
@@ -445,7 +505,7 @@ class _Model:
         for g in np.flatnonzero(merged & (left > 0)).tolist():
             lo, hi = np.searchsorted(c.group, [g, g + 1])
             involved = np.unique(c.process[lo:hi])
-            if len(involved) == 1 or self.rules.order_known:
+            if len(involved) == 1 or (self.rules.order_known and not self.cut):
                 self.merging[involved[-1]] -= 1
             else:
                 self.merging[involved, 0] -= 1
@@ -460,7 +520,7 @@ class _Model:
         # Distinct frames of each (content, process), less one: what it saves by itself.
         pair = c.group[on] * len(self.pages.processes) + c.process[on]
         _, packed = np.unique(pair, return_inverse=True)
-        own = _distinct(packed, c.frame[on], int(packed.max()) + 1, c.alone[on])
+        own = distinct(packed, c.frame[on], int(packed.max()) + 1, c.alone[on])
         group_of = np.zeros(len(own), np.int64)
         group_of[packed] = c.group[on]
         within = np.bincount(group_of, own - 1, c.groups).astype(np.int64)
@@ -468,25 +528,141 @@ class _Model:
         self.within_saved += int(within[merged].sum())
         self.across_saved += int((freed - within)[merged].sum())
 
+    # -- contents that huge pages tie together ---------------------------------------------------
+
+    def _scan_linked(self, c: _Copies, zeros: _Copies) -> tuple[_Copies, _Copies]:
+        """Scan mapping by mapping what huge pages tie to a content whose order decides.
+
+        Gives the contents left, and the all-zero pages left.
+        """
+        both = _joined(c, zeros)
+        folio = np.where(both.thp, both.frame // self.pages.huge_pages, -1)
+        linked = self._linked(both, folio)
+        chosen = linked[both.group]
+        if not chosen.any() or np.count_nonzero(chosen) > LINKED_MOST:
+            self.undecided = True
+            return c, zeros
+        self.cut = self._add_scanned(both.take(chosen), folio[chosen])
+        self.undecided = self.cut and self._order_decides(c)
+        n = len(c.index)
+        return c.take(~chosen[:n]), zeros.take(~chosen[n:])
+
+    def _linked(self, c: _Copies, folio: I64) -> Bool:
+        """Contents to scan: those whose order decides, and all in the same huge pages."""
+        n = np.bincount(c.group, minlength=c.groups)
+        huge = np.bincount(c.group, c.thp, c.groups) > 0
+        zero = np.bincount(c.group, c.zero, c.groups) > 0
+        shared = distinct(c.group, c.frame, c.groups, c.alone) < n
+        linked: Bool = huge & ((n % self.limit == 1) | zero | (shared & (n > self.limit)))
+        unsure = ((c.word & (Flag.OUTSIDE | Flag.HIDDEN)) != 0) | self._delayed(c)
+        blind = np.bincount(c.group, unsure, c.groups) > 0
+        if not linked.any():
+            return linked
+        while True:
+            pages = np.unique(folio[linked[c.group] & c.thp])
+            more = np.bincount(c.group, np.isin(folio, pages) & c.thp, c.groups) > 0
+            if not (more & ~linked).any():
+                break
+            linked |= more
+        return linked & ~blind if not (linked & blind).any() else np.zeros_like(linked)
+
+    def _order_decides(self, c: _Copies) -> bool:
+        """Whether there are contents beyond the limit whose fate is a matter of order."""
+        n = np.bincount(c.group, minlength=c.groups)
+        shared = distinct(c.group, c.frame, c.groups, c.alone) < n
+        return bool(((n > self.limit) & (shared | (n % self.limit == 1))).any())
+
+    def _add_scanned(self, c: _Copies, folio: I64) -> bool:
+        """Scan these, and add them up; gives whether searches may have been cut short."""
+        order = np.argsort(self.pages.scan_order(c.index))
+        c, folio = c.take(order), folio[order]
+        zero = np.bincount(c.group, c.zero, c.groups) > 0
+        locked = np.unique(folio[c.thp & ((c.word & Flag.LOCKED) != 0)])
+        end = Scanner(
+            Memory(
+                c.group.tolist(),
+                c.frame.tolist(),
+                folio.tolist(),
+                c.ksm.tolist(),
+                frozenset(np.flatnonzero(zero).tolist()),
+                frozenset(locked.tolist()),
+            ),
+            self.limit,
+            use_zero_pages=self.rules.use_zero_pages,
+        ).run()
+        on_node, placed = np.array(end.on_node), np.array(end.placed)
+        gone = np.array(end.frame) == ON_ZERO_PAGE
+        nodes = [len(frames) for frames in end.nodes.values()]
+        self.shared.add(sum(nodes))
+        self.sharing.add(int(on_node.sum()) - sum(nodes))
+        self.unshared.add(len(end.in_tree))
+        self.volatile.add(len(on_node) - int((on_node | gone).sum()) - len(end.in_tree))
+        self.chains.add(sum(n >= 2 for n in nodes))
+        self.dups.add(sum(n for n in nodes if n >= 2))
+        self.merging += self._count(c, on_node)[:, None]
+        self.zero.add(int(placed.sum()))
+        self.zero_by_process += self._count(c, placed)[:, None]
+        self.gone.add(int(gone.sum()))
+        self.gone_by_process += self._count(c, gone)[:, None]
+        self.split |= end.split
+        left = {f for f in end.frame if f != ON_ZERO_PAGE}
+        freed = len(np.unique(c.frame)) - len(left)
+        self.freed.add(freed)
+        zero_left = set(np.array(end.frame)[c.zero & ~gone].tolist())
+        zero_freed = len(np.unique(c.frame[c.zero])) - len(zero_left)
+        self.zero_saved += zero_freed
+        self._add_split_of_savings(c, freed - zero_freed)
+        return end.cut
+
+    def _add_split_of_savings(self, c: _Copies, freed: int) -> None:
+        """Divide frames freed into those within a process and those across."""
+        rest = ~c.zero
+        pair = c.group[rest] * len(self.pages.processes) + c.process[rest]
+        own = np.unique(np.stack((pair, c.frame[rest])), axis=1)[0]
+        within = min(freed, len(own) - len(np.unique(own)))
+        self.within_saved += within
+        self.across_saved += freed - within
+
     # -- one content ---------------------------------------------------------------------------
 
-    def _fate(self, c: _Copies, *, delayed: bool = False) -> Fate:
+    def _fate(self, c: _Copies, *, delayed: bool = False, spoils: bool = False) -> Fate:
         m = self._members(c)
         known = self.rules.order_known
         if ((c.word & Flag.HIDDEN) != 0).any():
+            if self.blind > 1:
+                return fate.spread(m, self.limit, self.blind)
             return fate.hidden(m, self.limit, order_known=known, delayed=delayed)
-        return fate.known(m, self.limit, order_known=known, delayed=delayed)
+        return fate.known(m, self.limit, order_known=known, delayed=delayed, spoils=spoils)
+
+    def _delayed(self, c: _Copies) -> Bool:
+        """Locked mappings of shared frames: they may make ksmd pass the frame's others by for once.
+
+        Once such a mapping is merged, its old frame waits in the CPU's batch of pages to unlock,
+        with a reference that blocks merging, until the next scan begins or anything on that CPU
+        empties the batch (mm/mlock.c, munlock_folio). Where such a page lies in the unstable tree,
+        a merge with it fails half way.
+        """
+        locked: Bool = np.asarray(((c.word & Flag.LOCKED) != 0) & ~c.alone & ~c.ksm)
+        if locked.any():
+            _, which, mappings = np.unique(c.frame, return_inverse=True, return_counts=True)
+            locked &= (mappings[which] > 1) | c.maybe_shared
+        return locked
 
     def _special(self, c: _Copies) -> None:
         """One content with KSM pages, hidden sharing, or forks beyond the limit."""
-        self._add_fate(c, self._fate(c))
+        locked = bool(self._delayed(c).any())
+        delayed = locked or (self.cut and not c.zero[0])
+        self._add_fate(c, self._fate(c, delayed=delayed, spoils=locked))
 
     def _add_fate(self, c: _Copies, f: Fate) -> None:
         self.shared.add(*f.nodes)
         self.sharing.add(*f.sharing(len(c.index)))
         self.unshared.add(*f.unshared)
         self.volatile.add(*f.volatile)
-        self.chains.add(int(f.nodes[0] >= 2), int(f.nodes[1] >= 2))
+        if self.blind > 1:
+            self.chains.add(0, min(self.blind, f.nodes[1] // 2))
+        else:
+            self.chains.add(int(f.nodes[0] >= 2), int(f.nodes[1] >= 2))
         self.dups.add(*(n if n >= 2 else 0 for n in f.nodes))
         self._add_uncertain_merging(c, f)
         if c.thp.any():
@@ -548,8 +724,20 @@ class _Model:
         locked = np.unique(folio[c.thp & ((c.word & Flag.LOCKED) != 0)])
         # A split maps zero subpages to the shared zero page, but not if the huge page is locked.
         vanishing = c.thp & ~np.isin(folio, locked)
+        unclear = bool(self.pinned) or self.blind > 1
+        # Of a locked huge page that a child shares, the child's part may stay or go: the split
+        # takes the parent's lock from it, now or when the CPU's batch is emptied.
+        either = c.thp & ~vanishing & ((c.word & Flag.LOCKED) == 0)
         if self.rules.use_zero_pages:
             self._to_zero_page(c, folio, vanishing)
+            self.zero.low -= int(either.sum())
+            self.zero_by_process[:, 0] -= self._count(c, either)
+        elif either.any():
+            self._anything(c, folio, vanishing | either)
+        elif vanishing.any() and unclear:
+            self._anything(c, folio, vanishing)
+        elif self.blind > 1:
+            self._special(c)
         elif len(self.pages.processes) == 1 and c.alone.all() and not (c.thp | c.maybe_ksm).any():
             self._plain_zero(len(c.index))
         elif vanishing.any():
@@ -616,10 +804,11 @@ class _Model:
             m = self._members(rest)
             new = int((~m.ksm).sum())
             always_room = new < fate.room(m, self.limit) and not m.maybe_ksm.any()
-            f = self._fate(rest, delayed=not always_room)
+            delayed = bool(self._delayed(rest).any())
+            f = self._fate(rest, delayed=delayed or not always_room, spoils=delayed)
             if not always_room:
                 known = self.rules.order_known
-                f = fate.poisoned(m, f, self.limit, order_known=known)
+                f = fate.poisoned(m, f, self.limit, order_known=known, delayed=delayed)
                 # Tried in vain, a huge page that is locked splits nonetheless.
                 self.may_split.update(self._folio_of(rest)[rest.thp].tolist())
             self._add_fate(rest, f)
@@ -697,7 +886,87 @@ class _Model:
         shared = rest.maybe_shared.any() or len(np.unique(rest.frame)) < new
         return bool(shared) or new % self.limit == 0
 
+    def _anything(self, c: _Copies, folio: I64, vanishing: Bool) -> None:
+        """All-zero pages in huge pages, and no knowing what meets: the widest bounds."""
+        n = len(c.index)
+        self.shared.add(0, n)
+        self.sharing.add(0, n - 1)
+        self.unshared.add(0, min(n, self.blind))
+        self.volatile.add(0, n)
+        self.chains.add(0, self.blind)
+        self.dups.add(0, n)
+        self.gone.add(0, int(vanishing.sum()))
+        self.gone_by_process[:, 1] += self._count(c, vanishing)
+        self.merging[:, 1] += self._count(c)
+        self.freed.add(-int((~c.alone).sum()), len(np.unique(c.frame)))
+        self.may_split.update(folio[c.thp].tolist())
+
+    # -- pinned pages --------------------------------------------------------------------------
+
+    def _widen(self, zeros: _Copies) -> None:
+        """Widen all figures by what pinned pages may change."""
+        order = self.groups.order
+        sizes = np.diff(self.groups.offsets)
+        group = np.repeat(np.arange(len(sizes)), sizes)
+        some = (self.pages.frames[order] & Flag.ZERO) == 0
+        c = self._copies(order[some], group[some], len(sizes))
+        vanishing = zeros.thp & ((zeros.word & Flag.LOCKED) == 0)
+        if not self.rules.use_zero_pages and not vanishing.any():
+            c = _joined(c, zeros)
+        w = pins.widen(
+            pins.Copies(
+                c.group, c.groups, c.frame, c.process, c.ksm, c.maybe_shared | c.maybe_ksm,
+                c.thp, self._folio_of(c), self._may_be_pinned(c),
+            ),
+            self.pinned, self.limit, self.pages.huge_pages, len(self.pages.processes),
+        )  # fmt: skip
+        for figure, (down, up) in (
+            (self.shared, w.shared), (self.sharing, w.sharing), (self.unshared, w.unshared),
+            (self.volatile, w.volatile), (self.chains, w.chains), (self.dups, w.dups),
+        ):  # fmt: skip
+            figure.low, figure.high = max(0, figure.low - down), figure.high + up
+        self.freed.add(-w.freed[0], w.freed[1])
+        change = np.array(w.merging, np.int64).reshape(-1, 2)
+        self.merging[:, 0] = np.maximum(0, self.merging[:, 0] - change[:, 0])
+        self.merging[:, 1] += change[:, 1]
+        self.safe_splits = set(w.safe.tolist())
+        self.may_split |= set(self._folio_of(c)[c.thp].tolist())
+        if self.rules.use_zero_pages:
+            self._widen_placed(zeros)
+
+    def _may_be_pinned(self, c: _Copies) -> Bool:
+        has = np.array([p.pinned_bytes > 0 for p in self.pages.processes])
+        return np.asarray(((c.word & Flag.EXCLUSIVE) != 0) & ~c.ksm & has[c.process])
+
+    def _widen_placed(self, zeros: _Copies) -> None:
+        """use_zero_pages: a pinned zero page stays where it is."""
+        may = self._may_be_pinned(zeros)
+        if not may.any():
+            return
+        folio = self._folio_of(zeros) if zeros.thp.any() else zeros.frame
+        most = self.pinned * (self.pages.huge_pages if zeros.thp.any() else 1)
+        mine = np.minimum(self._count(zeros, may), most)
+        n = min(int(may.sum()), most)
+        self.zero.low -= n
+        self.gone.low -= n
+        self.zero_by_process[:, 0] -= mine
+        self.gone_by_process[:, 0] -= mine
+        for low in (self.zero_by_process, self.gone_by_process):
+            np.maximum(low[:, 0], 0, out=low[:, 0])
+        self.unshared.high += min(n, zeros.groups)
+        self.volatile.high += n
+        self.freed.low -= n
+        assert self.safe_splits is not None
+        self.safe_splits |= set(folio[zeros.thp & ~zeros.ksm].tolist())
+
     # -- the result ----------------------------------------------------------------------------
+
+    def _at_least(self, folios: set[int]) -> int:
+        """How many huge pages these are; hidden, two processes may see the same one."""
+        shared = folios & self.shared_folios
+        seen = np.array([-1 - f for f in shared], np.int64) % len(self.pages.processes)
+        most = int(np.bincount(seen).max()) if len(seen) else 0
+        return len(folios - self.shared_folios) + most
 
     def _splits(self) -> Range:
         """Huge pages that split."""
@@ -705,11 +974,9 @@ class _Model:
         low = max(len(self.split), len(self.split | among) - len(self.one_stays))
         high = len(self.split | among | self.may_split)
         if self.shared_folios:
-            # Hidden: two processes may see the same one.
-            surely = self.split & self.shared_folios
-            seen = np.array([-1 - f for f in surely], np.int64) % len(self.pages.processes)
-            most = int(np.bincount(seen).max()) if len(seen) else 0
-            low = len(self.split - self.shared_folios) + most
+            low = self._at_least(self.split)
+        if self.safe_splits is not None:
+            low = min(low, max(0, self._at_least(self.split & self.safe_splits) - self.pinned))
         split = Range()
         split.add(low, high)
         return split
@@ -787,6 +1054,38 @@ class _Model:
         return out
 
 
+def by_node(pages: Pages, groups: Groups, nodes: Nodes) -> tuple[Groups, I64]:
+    """Divide contents by NUMA node, as KSM does with `merge_across_nodes` 0.
+
+    Source: mm/ksm.c, get_kpfn_nid(): each node has its own trees.
+
+    Returns
+    -------
+    tuple of Groups and int64 array
+        Contents with two copies or more on one node; pages that are alone on theirs.
+    """
+    sizes = np.diff(groups.offsets)
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    node = nodes.of((pages.frames[groups.order] & FRAME_MASK).astype(np.int64))
+    order = np.lexsort((node, group))
+    index, group, node = groups.order[order], group[order], node[order]
+    first = np.ones(len(index), bool)
+    first[1:] = (group[1:] != group[:-1]) | (node[1:] != node[:-1])
+    starts = np.flatnonzero(first)
+    counts = np.diff(np.append(starts, len(index)))
+    several = np.repeat(counts >= 2, counts)
+    offsets = np.concatenate(([0], np.cumsum(counts[counts >= 2])))
+    return Groups(index[several], offsets.astype(np.int64), groups.considered), index[~several]
+
+
+def _joined(a: _Copies, b: _Copies) -> _Copies:
+    """The contents of both, those of `b` numbered after those of `a`."""
+    names = [n for n in _Copies.__slots__ if n not in {"group", "groups"}]
+    parts = {n: np.concatenate((getattr(a, n), getattr(b, n))) for n in names}
+    group = np.concatenate((a.group, b.group + a.groups))
+    return _Copies(**parts, group=group, groups=a.groups + b.groups)
+
+
 def _values(numbers: I64) -> list[int]:
     """Distinct values, by a table where that is possible: sorting takes many times as long."""
     if len(numbers) and int(numbers.min()) >= 0:
@@ -794,12 +1093,12 @@ def _values(numbers: I64) -> list[int]:
     return [int(n) for n in np.unique(numbers)]
 
 
-def _distinct(group: I64, frame: I64, groups: int, alone: Bool | None = None) -> I64:
+def distinct(group: I64, frame: I64, groups: int, alone: Bool | None = None) -> I64:
     """Distinct frames of each group; those of `alone` are known to have one mapping each."""
     if alone is not None:
         rest = ~alone
-        distinct = _distinct(group[rest], frame[rest], groups)
-        return np.asarray(distinct + np.bincount(group[alone], minlength=groups))
+        others = distinct(group[rest], frame[rest], groups)
+        return np.asarray(others + np.bincount(group[alone], minlength=groups))
     if not len(group):
         return np.zeros(groups, np.int64)
     order = np.lexsort((frame, group))

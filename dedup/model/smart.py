@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from dedup.model import merge, steady
-from dedup.model.merge import _distinct
+from dedup.model.merge import distinct
 from dedup.pages import FRAME_MASK, Flag
 
 if TYPE_CHECKING:
@@ -177,8 +177,8 @@ def _unsure(pages: Pages, groups: Groups, rules: Rules) -> Bool:
     old = followed[pages.region_of(order)] & ~ksm
     sizes = np.diff(groups.offsets)
     number = np.repeat(np.arange(len(sizes)), sizes)
-    fresh = _distinct(number[~old & ~ksm], frame[~old & ~ksm], len(sizes))
-    aged = _distinct(number[old], frame[old], len(sizes))
+    fresh = distinct(number[~old & ~ksm], frame[~old & ~ksm], len(sizes))
+    aged = distinct(number[old], frame[old], len(sizes))
     # Two that are new merge with each other, and then the old ones find their node.
     unsure = (fresh < 2) & (aged >= 1) & (fresh + aged >= 2)
     # A node takes an old page in whenever it is visited, as long as it has room.

@@ -198,6 +198,7 @@ def _process(
         "user": lossless(process.user),
         "cgroup": lossless(process.cgroup),
         "unit": lossless(process.unit),
+        "pinned_bytes": process.pinned_bytes,
         "pages": pages,
         **{name: getattr(prediction, name) for name in PROCESS_FIELDS},
         "bounds": _bounds(prediction.bounds),

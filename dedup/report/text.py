@@ -598,6 +598,12 @@ class View:
                 f"Up to {count(scan.overstated_most_pages, 'page')} of pages_sharing will be "
                 "written to already at any moment: the counter learns of it at ksmd's next visit."
             )
+        pinned = sum(p.pinned_bytes for p in scan.pages.processes)
+        if pinned:
+            words.append(
+                f"{size(pinned)} are pinned (VmPin), for io_uring or a device, and will not merge; "
+                "which pages they are can't be seen, so figures are ranges."
+            )
         swapped = sum(r.swap_bytes for r in scan.pages.regions if r.scanned)
         if swapped:
             words.append(

@@ -23,7 +23,7 @@ from dedup.errors import (
     ProcessGone,
 )
 from dedup.kernel import ksm as ksm_interface
-from dedup.kernel import maps, memory, pagemap, processes
+from dedup.kernel import maps, memory, numa, pagemap, processes
 from dedup.model.eligibility import why_not
 from dedup.pages import FRAME_MASK, Flag, Pages, Process, Region, Skipped
 
@@ -114,6 +114,7 @@ class LiveSource:
             frames_known=self.sight.frames,
             huge_known=self.sight.kpageflags or self.sight.pagemap_scan,
             huge_pages=max(1, self.sight.huge_bytes // self.sight.page_size),
+            nodes=numa.nodes(),
         )
         self.pages = pages
         self._each_batch(list(self.pids), first=True)
@@ -292,9 +293,11 @@ class LiveSource:
     def _process_index(self, handle: Handle, counters: ksm_interface.ProcessCounters | None) -> int:
         pages = self.pages
         assert pages is not None
-        if handle.pid in self._index:
-            return self._index[handle.pid]
         info = handle.info
+        if handle.pid in self._index:
+            index = self._index[handle.pid]
+            pages.processes[index] = replace(pages.processes[index], pinned_bytes=info.pinned_bytes)
+            return index
         self._index[handle.pid] = len(pages.processes)
         self._programs[handle.pid] = info.program
         pages.processes.append(
@@ -306,6 +309,7 @@ class LiveSource:
                 unit=info.unit,
                 ksm_zero_pages=counters.ksm_zero_pages if counters else 0,
                 ksm_rmap_items=counters.ksm_rmap_items if counters else 0,
+                pinned_bytes=info.pinned_bytes,
             )
         )
         return self._index[handle.pid]
@@ -422,7 +426,9 @@ def mark_outside(pages: Pages, groups: Groups, sight: Sight) -> None:
     if not sight.kpagecount:
         return
     word = pages.frames[groups.order]
-    mask = ((word & Flag.EXCLUSIVE) == 0) & ((word & (Flag.KSM | Flag.HIDDEN)) == 0)
+    # In a huge page mapped as one, the mark is that of its first page.
+    mask = ((word & Flag.EXCLUSIVE) == 0) | ((word & Flag.THP) != 0)
+    mask &= (word & (Flag.KSM | Flag.HIDDEN)) == 0
     index = groups.order[mask]
     frames, which, seen = np.unique(
         (word[mask] & FRAME_MASK).astype(np.int64), return_inverse=True, return_counts=True

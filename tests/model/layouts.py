@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 
 from dedup import grouping
 from dedup.model.merge import Prediction, Rules, predict
-from dedup.pages import Flag, Pages, Process, ProcessId, Region
+from dedup.pages import Flag, Nodes, Pages, Process, ProcessId, Region
 from tests.model.simulator import SHARED_ZERO, ZERO, Counts, Frame, HugePage, Ksmd, Mapping, Node
 
 PAGE = 4096
 HUGE = 4
 """Pages in a huge page here."""
+NODES = Nodes(np.array([0, 1 << 30]), np.array([0, 1]))
+"""Two NUMA nodes; all frames are on the first where nothing is said."""
 UNIQUE = -1
 """Stands for a content that nothing else has."""
 
@@ -27,6 +29,10 @@ class Layout:
     processes: list[list[Mapping]] = field(default_factory=list)
     zero_pages: list[int] = field(default_factory=list)
     huge_pages: int = HUGE
+    numa: int = 0
+    """Node of the frames that come next."""
+    pinned: dict[int, int] = field(default_factory=dict)
+    """Pages pinned, by process."""
     _next_content: int = 1000
 
     def process(self, zero_pages: int = 0) -> int:
@@ -46,7 +52,7 @@ class Layout:
 
     def page(self, p: int, content: int, *, volatile: bool = False, locked: bool = False) -> None:
         """Touch a new page."""
-        frame = Frame(self.content(content))
+        frame = Frame(self.content(content), numa=self.numa)
         self.processes[p].append(Mapping(p, self._end(p), frame, volatile, locked))
 
     def huge(self, p: int, contents: list[int], *, locked: bool = False) -> None:
@@ -55,12 +61,12 @@ class Layout:
         start = -(-self._end(p) // self.huge_pages) * self.huge_pages
         for i in range(self.huge_pages):
             content = self.content(contents[i] if i < len(contents) else UNIQUE)
-            huge.frames.append(Frame(content, huge))
+            huge.frames.append(Frame(content, huge, numa=self.numa))
             self.processes[p].append(Mapping(p, start + i, huge.frames[-1], locked=locked))
 
     def ksm(self, content: int, processes: list[int]) -> None:
         """A page merged already, mapped by these processes (one may stand there twice)."""
-        frame = Frame(self.content(content))
+        frame = Frame(self.content(content), numa=self.numa)
         frame.node = Node(frame)
         for p in processes:
             self.processes[p].append(Mapping(p, self._end(p), frame))
@@ -74,15 +80,32 @@ class Layout:
         q = self.process(self.zero_pages[p])
         for m in self.processes[p]:
             # Volatile pages get a frame of their own at the next write; mlock is not inherited.
-            frame = Frame(m.frame.content) if m.volatile else m.frame
+            frame = Frame(m.frame.content, numa=self.numa) if m.volatile else m.frame
             self.processes[q].append(Mapping(q, m.address, frame, m.volatile))
         return q
 
     def rewrite(self, p: int, index: int, content: int) -> None:
         """Write a page: it gets a frame of its own, if it had not one."""
         m = self.processes[p][index]
-        if m.frame.huge is None:
-            m.frame = Frame(self.content(content))
+        content = self.content(content)
+        mapped = sum(o.frame is m.frame for mappings in self.processes for o in mappings)
+        if m.frame.compound is not None and mapped == 1:
+            m.frame.content = content
+        else:
+            m.frame = Frame(content, numa=self.numa)
+
+    def pin(self, p: int, index: int) -> None:
+        """Pin a page that is the process's own and no KSM page: only such ones can be.
+
+        Nor can one in a huge page of which another process still maps a part.
+        """
+        frame = self.processes[p][index].frame
+        whole = frame.compound.frames if frame.compound else [frame]
+        owners = [o.process for q in self.processes for o in q if o.frame in whole]
+        once = sum(o.frame is frame for o in self.processes[p]) == 1
+        if set(owners) == {p} and once and frame.node is None and not frame.pinned:
+            frame.pinned = True
+            self.pinned[p] = self.pinned.get(p, 0) + 1
 
     # -- the two views ---------------------------------------------------------------------------
 
@@ -142,9 +165,15 @@ class Layout:
             run_region=table[:, 0].copy(),
             regions=[self._region(p) for p in range(len(self.processes))],
             processes=[
-                Process(ProcessId(100 + p, 1), f"p{p}", ksm_zero_pages=z)
+                Process(
+                    ProcessId(100 + p, 1),
+                    f"p{p}",
+                    ksm_zero_pages=z,
+                    pinned_bytes=self.pinned.get(p, 0) * PAGE,
+                )
                 for p, z in enumerate(self.zero_pages)
             ],
+            nodes=NODES,
             looks=2,
             frames_known=not hidden,
             huge_pages=self.huge_pages,
@@ -158,9 +187,9 @@ class Layout:
                 continue
             if m.frame.huge is not None:
                 for i, f in enumerate(m.frame.huge.frames):
-                    numbers[f] = block * self.huge_pages + i
+                    numbers[f] = (f.numa << 30) + block * self.huge_pages + i
             else:
-                numbers[m.frame] = block * self.huge_pages
+                numbers[m.frame] = (m.frame.numa << 30) + block * self.huge_pages
             block += 1
         return numbers
 
@@ -211,6 +240,8 @@ def layouts(
     ksm: bool = True,
     volatile: bool = True,
     fork: bool = True,
+    nodes: bool = False,
+    pins: bool = False,
     contents: st.SearchStrategy[int] = CONTENTS,
     most: int = 24,
 ) -> Layout:
@@ -223,6 +254,8 @@ def layouts(
     kinds += ["fork", "rewrite"] * fork
     for _ in range(draw(st.integers(0, most))):
         p = draw(st.integers(0, len(layout.processes) - 1))
+        if nodes:
+            layout.numa = draw(st.integers(0, 1))
         match draw(st.sampled_from(kinds)):
             case "page":
                 layout.page(p, draw(contents))
@@ -244,4 +277,9 @@ def layouts(
                 layout.rewrite(p, index, draw(contents))
             case _:
                 pass
+    if pins:
+        for _ in range(draw(st.integers(0, 4))):
+            p = draw(st.integers(0, len(layout.processes) - 1))
+            if layout.processes[p]:
+                layout.pin(p, draw(st.integers(0, len(layout.processes[p]) - 1)))
     return layout

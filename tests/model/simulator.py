@@ -23,6 +23,11 @@ class HugePage:
     frames: list[Frame] = field(default_factory=list)
     is_split: bool = False
 
+    @property
+    def pinned(self) -> bool:
+        """A reference to one page is one to the whole."""
+        return any(f.pinned for f in self.frames)
+
 
 @dataclass(eq=False)
 class Frame:
@@ -33,6 +38,14 @@ class Frame:
     node: Node | None = None
     """Its stable node: set means that it is a KSM page."""
     pinned: bool = False
+    """It has references besides its mappings."""
+    numa: int = 0
+    """Its NUMA node, where nodes merge apart."""
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """What it must share with another page to merge."""
+        return self.numa, self.content
 
     @property
     def compound(self) -> HugePage | None:
@@ -123,16 +136,17 @@ class Ksmd:
         self.limit = max_page_sharing
         self.use_zero_pages = use_zero_pages
         self.zero_pages = list(zero_pages or [0] * processes)
-        self.stable: dict[int, list[Node]] = {}
-        self.unstable: dict[int, Mapping] = {}
+        self.stable: dict[tuple[int, int], list[Node]] = {}
+        self.unstable: dict[tuple[int, int], Mapping] = {}
         self.frames_before = self._frames()
+        self.huge_before = {f.compound for f in self.frames_before} - {None}
         for m in mappings:
             node = m.frame.node
             if node is not None:
                 # Merged in earlier scans: its rmap_item hangs on the node.
                 m.followed, m.node = True, node
                 node.items.add(m)
-                nodes = self.stable.setdefault(m.frame.content, [])
+                nodes = self.stable.setdefault(m.frame.key, [])
                 if node not in nodes:
                     nodes.append(node)
 
@@ -163,7 +177,7 @@ class Ksmd:
         return (f is SHARED_ZERO, f.compound, f.pinned, m.node, m.followed, self._in_tree(m))
 
     def _in_tree(self, m: Mapping) -> bool:
-        return self.unstable.get(m.frame.content) is m
+        return self.unstable.get(m.frame.key) is m
 
     def scan(self) -> None:
         """One full scan."""
@@ -188,23 +202,23 @@ class Ksmd:
             if self.use_zero_pages and page.content == ZERO and self.merge_one(m, SHARED_ZERO):
                 self.zero_pages[m.process] += 1
                 return
-        node = page.node or self.find_stable(page.content)
+        node = page.node or self.find_stable(page)
         if node is not None:
             if self.merge_one(m, node.frame, page):
                 self.append(m, node)
             return
-        other = self.unstable.get(page.content)
+        other = self.unstable.get(page.key)
         if other is None:
-            self.unstable[page.content] = m
+            self.unstable[page.key] = m
             return
         tree_page = other.frame
         if tree_page is SHARED_ZERO or tree_page is page:
             return
         self.merge_two(m, page, other, tree_page)
 
-    def find_stable(self, content: int) -> Node | None:
+    def find_stable(self, page: Frame) -> Node | None:
         """stable_tree_search(): a node that may take one more."""
-        for node in self.stable.get(content, []):
+        for node in self.stable.get(page.key, []):
             if 0 < len(node.items) < self.limit:
                 return node
         return None
@@ -235,6 +249,8 @@ class Ksmd:
         if huge is not None:
             if held is not None and held.compound is huge:
                 return False  # two references to the same huge page: it can't be split
+            if huge.pinned:
+                return False
             self.split(huge)
         if m.frame is not page or page.pinned:
             return False  # gone to the shared zero page by the split; or other references
@@ -249,16 +265,16 @@ class Ksmd:
             if self.merge_one(other, page, tree_page, held=page):
                 node = Node(page)
                 page.node = node
-                self.stable.setdefault(page.content, []).append(node)
-                del self.unstable[page.content]
+                self.stable.setdefault(page.key, []).append(node)
+                del self.unstable[page.key]
                 self.append(other, node)
                 self.append(m, node)
                 return
             # break_cow(). The old frame stays marked a KSM page without a node: for the others
             # who map it, page_address_in_vma() fails ever after, and so does every merge.
             page.pinned = True
-            m.frame = Frame(page.content)
-        elif same_huge and page.compound is not None:
+            m.frame = Frame(page.content, numa=page.numa)
+        elif same_huge and page.compound is not None and not page.compound.pinned:
             self.split(page.compound)
 
     def split(self, huge: HugePage) -> None:
@@ -284,7 +300,6 @@ class Ksmd:
         unshared = sum(m.followed and m.node is None for m in self.unstable.values())
         chains = [n for n in self.stable.values() if len(n) > 1]
         zero = sum(self.zero_pages)
-        huge = {f.huge for f in self.frames_before if f.huge is not None}
         return Counts(
             pages_shared=len(nodes),
             pages_sharing=on_nodes - len(nodes),
@@ -295,7 +310,7 @@ class Ksmd:
             stable_node_dups=sum(len(n) for n in chains),
             general_profit=(on_nodes - len(nodes) + zero) * PAGE - followed * ITEM_BYTES,
             frames_freed=len(self.frames_before) - len(self._frames()),
-            thp_split=sum(h.is_split for h in huge),
+            thp_split=sum(h.is_split for h in self.huge_before if h is not None),
             processes=[self._process(p) for p in range(len(self.zero_pages))],
         )
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dedup.model.merge import PROCESS_FIELDS, Prediction, Rules
-from tests.model.layouts import Layout, layouts, prediction
+from tests.model.layouts import UNIQUE, Layout, layouts, prediction
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,6 +79,27 @@ def test_pages_merged_before_in_a_known_order_are_exact(
     check(truth, prediction(layout, rules, seed=limit), exact=True)
 
 
+NOT_ZERO = st.sampled_from([1, 2, UNIQUE])
+
+
+@COMMON
+@given(layouts(contents=NOT_ZERO), LIMITS)
+def test_huge_pages_in_a_known_order_are_exact(layout: Layout, limit: int) -> None:
+    truth = layout.truth(limit, use_zero_pages=False)
+    check(truth, prediction(layout, Rules(limit, order_known=True), seed=limit), exact=True)
+
+
+@COMMON
+@given(layouts(), st.booleans())
+def test_all_zero_pages_in_huge_pages_are_exact_below_the_limit(
+    layout: Layout, use_zero_pages: bool
+) -> None:
+    """Beyond it, what searches of the unstable tree come by depends on the bytes of all pages."""
+    truth = layout.truth(256, use_zero_pages=use_zero_pages)
+    rules = Rules(256, use_zero_pages, order_known=True)
+    check(truth, prediction(layout, rules, seed=1), exact=True)
+
+
 @COMMON
 @given(layouts(), LIMITS, st.booleans(), st.randoms(use_true_random=False))
 @pytest.mark.parametrize("hidden", [False, True])
@@ -92,6 +113,40 @@ def test_the_truth_is_never_outside(
     if not order_known:
         chance.shuffle(order)
     truth = layout.truth(limit, use_zero_pages=use_zero_pages, order=order)
+    rules = Rules(limit, use_zero_pages, order_known=order_known)
+    check(truth, prediction(layout, rules, hidden=hidden, seed=limit), exact=False)
+
+
+@COMMON
+@given(
+    layouts(nodes=True, contents=NOT_ZERO) | layouts(nodes=True, huge=False), LIMITS, st.booleans()
+)
+def test_numa_nodes_that_merge_apart_are_exact(
+    layout: Layout, limit: int, use_zero_pages: bool
+) -> None:
+    truth = layout.truth(limit, use_zero_pages=use_zero_pages)
+    rules = Rules(limit, use_zero_pages, order_known=True, merge_across_nodes=False)
+    check(truth, prediction(layout, rules, seed=limit), exact=True)
+
+
+@COMMON
+@given(layouts(nodes=True), LIMITS, st.booleans(), st.booleans())
+def test_numa_nodes_hidden_or_in_any_order_hold_the_truth(
+    layout: Layout, limit: int, use_zero_pages: bool, hidden: bool
+) -> None:
+    truth = layout.truth(limit, use_zero_pages=use_zero_pages)
+    rules = Rules(limit, use_zero_pages, merge_across_nodes=False)
+    check(truth, prediction(layout, rules, hidden=hidden, seed=limit), exact=False)
+
+
+@COMMON
+@given(layouts(pins=True), LIMITS, st.booleans())
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("order_known", [False, True])
+def test_pinned_pages_never_put_the_truth_outside(
+    hidden: bool, order_known: bool, layout: Layout, limit: int, use_zero_pages: bool
+) -> None:
+    truth = layout.truth(limit, use_zero_pages=use_zero_pages)
     rules = Rules(limit, use_zero_pages, order_known=order_known)
     check(truth, prediction(layout, rules, hidden=hidden, seed=limit), exact=False)
 
