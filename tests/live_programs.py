@@ -43,8 +43,6 @@ class Held:
     prediction: Prediction
     comparison: verify.Comparison
     processes: list[verify.Comparison]
-    tolerance_pages: int
-    """Seen volatile."""
     seconds: float
 
     @property
@@ -74,6 +72,7 @@ def started(names: Sequence[programs.Program], folder: Path, each: int) -> Itera
         for program in names:
             roots = [stack.enter_context(program.start(folder, i)) for i in range(each)]
             pids += [pid for root in roots for pid in programs.tree(root)]
+        time.sleep(max(program.rest_seconds for program in names))
         programs.wait_until_idle(pids)
         yield pids
 
@@ -113,7 +112,7 @@ def hold_stopped(ksm: KsmControl, pids: Sequence[int], *, order_known: bool = Fa
             assert actual is not None
             processes.append(verify.compare_process(predicted, actual))
         found = verify.compare(scan.prediction, ksm.ksm.counters())
-    return Held(scan.scanned_pages, scan.prediction, found, processes, 0, seconds)
+    return Held(scan.scanned_pages, scan.prediction, found, processes, seconds)
 
 
 def hold_running(pids: Sequence[int]) -> Held:
@@ -130,7 +129,6 @@ def hold_running(pids: Sequence[int]) -> Held:
         done.scan.prediction,
         done.comparison,
         processes,
-        done.tolerance_pages,
         seconds,
     )
 

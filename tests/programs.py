@@ -49,7 +49,9 @@ class Program:
     tested : bool
         Whether the tests take it; the others are for the table (`python -m tests.live_programs`).
     restless : bool
-        Whether timers have it write pages at rest: merged or not, these come and go.
+        Whether timers have it write pages at rest: for a moment each is not merged then.
+    rest_seconds : float
+        After its last work, until its memory has the size that it keeps.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Program:
     start: Start
     tested: bool = False
     restless: bool = False
+    rest_seconds: float = 0.0
 
     @property
     def missing(self) -> str:
@@ -438,7 +441,9 @@ PROGRAMS: Final = (
     Program("redis", "redis-server", "redis-server", redis, tested=True, restless=True),
     Program("Python, NumPy", "python3", "python3",
             script([sys.executable, "PROGRAM"], PYTHON, ".py"), tested=True),
-    Program("Node.js", "node", "nodejs", script(["node", "PROGRAM"], NODE, ".js"), tested=True),
+    # V8 collects garbage and gives memory back when nothing has happened for 8 s.
+    Program("Node.js", "node", "nodejs", script(["node", "PROGRAM"], NODE, ".js"), tested=True,
+            rest_seconds=10),
     Program("Java", "javac", "default-jdk-headless",
             script(["java", "-Xmx256m", "PROGRAM"], JAVA, ".java"), tested=True),
     Program("Perl", "perl", "perl", script(["perl", "PROGRAM"], PERL, ".pl"), tested=True),
