@@ -214,24 +214,41 @@ sudo_line() {
     printf '%s\n' "${sudo_update}sudo apt-get install -y $*"
 }
 
-# Debian starts a server when its package is installed, and at every boot. The tests want the
-# program only, so for this one install the two commands with which packages start their servers
-# are others that do nothing, and the server is not started at boot either.
-install_redis() {
-    say "installing a Debian package: redis-server (its service stays off)"
+# Sets $programs to the Debian packages of the programs that the tests start, as far as they are
+# not here; what is too large is left out (tests/allowed_skips.txt).
+find_programs() {
+    programs=
+    for find_pair in redis-server:redis-server nginx:nginx-light perl:perl php:php-cli \
+        lua5.4:lua5.4 swipl:swi-prolog-nox prometheus-node-exporter:prometheus-node-exporter; do
+        command -v "${find_pair%%:*}" >/dev/null 2>&1 || programs="$programs ${find_pair#*:}"
+    done
+    programs=${programs# }
+}
+
+# install_programs NAME...: Debian starts a server when its package is installed, and at every
+# boot. The tests want the program only, so for this one install the two commands with which
+# packages start their servers are others that do nothing, and no server is started at boot either.
+install_programs() {
+    say "installing Debian packages: $* (their services stay off)"
     mkdir -p -- "$work/no-service" || exit 1
-    for redis_stub in invoke-rc.d deb-systemd-invoke; do
-        printf '#!/bin/sh\nexit 0\n' >"$work/no-service/$redis_stub"
-        chmod 755 "$work/no-service/$redis_stub"
+    for programs_stub in invoke-rc.d deb-systemd-invoke; do
+        printf '#!/bin/sh\nexit 0\n' >"$work/no-service/$programs_stub"
+        chmod 755 "$work/no-service/$programs_stub"
     done
     apt update >>"$log" 2>&1 </dev/null || :
     quietly "Once apt-get works on this machine, run the script again." \
         apt -o DPkg::Path="$work/no-service:/usr/sbin:/usr/bin:/sbin:/bin" \
-        install --no-install-recommends redis-server || exit 1
-    update-rc.d redis-server disable >>"$log" 2>&1 || :
-    if command -v systemctl >/dev/null 2>&1; then
-        systemctl disable redis-server.service >>"$log" 2>&1 || :
-    fi
+        install --no-install-recommends "$@" || exit 1
+    for programs_service in redis-server nginx prometheus-node-exporter; do
+        case " $* " in
+            *" $programs_service "* | *" $programs_service-light "*) ;;
+            *) continue ;;
+        esac
+        update-rc.d "$programs_service" disable >>"$log" 2>&1 || :
+        if command -v systemctl >/dev/null 2>&1; then
+            systemctl disable "$programs_service.service" >>"$log" 2>&1 || :
+        fi
+    done
 }
 
 # Sets $python, installing what is missing for it.

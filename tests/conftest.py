@@ -1,7 +1,7 @@
 """Which tests run, in which order, and what makes a session fail besides a failing test.
 
 - Tests marked `slow` run only with DEDUP_NIGHTLY=1 or when `-m` names them.
-- Tests marked `root`, `ksm` or `redis` are skipped where they cannot run.
+- Tests marked `root` or `ksm` are skipped where they cannot run.
 - Tests marked `ksm` come last, and hold a lock meanwhile: two sessions never run them side by side.
 - A session that leaves KSM's settings other than it found them fails.
 - With DEDUP_STRICT_SKIPS=1, so does one that skips a test without tests/allowed_skips.txt
@@ -11,7 +11,6 @@
 import fcntl
 import os
 import re
-import shutil
 import stat
 import tempfile
 from collections.abc import Generator, Iterator
@@ -43,8 +42,6 @@ def why_not(item: pytest.Item) -> str | None:
             return "needs root"
         if not KSM.is_dir():
             return f"this kernel has no {KSM}"
-    if item.get_closest_marker("redis") and shutil.which("redis-server") is None:
-        return "needs redis-server"
     return None
 
 

@@ -125,9 +125,10 @@ class KsmControl:
         self._nap = 1_800_000
 
     def take(self) -> None:
-        """Unmerge everything, and let ksmd be quick and come by all pages."""
+        """Unmerge everything, and let ksmd be quick and come by all pages, by the usual rules."""
         self.clear()
         self.set(advisor_mode="none", smart_scan=0, sleep_millisecs=1, pages_to_scan=200_000)
+        self.set(max_page_sharing=256, use_zero_pages=0)
 
     def set(self, **values: int | str) -> None:
         """Write tunables; those that this kernel lacks are left out."""

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 ROOT: Final = Path("/sys/kernel/mm/ksm")
 
+PAGE_BYTES: Final = os.sysconf("SC_PAGESIZE")
+RMAP_ITEM_BYTES: Final = 64
+"""Of struct ksm_rmap_item on 64-bit kernels."""
+
 RUN_STOP: Final = 0
 RUN_MERGE: Final = 1
 RUN_UNMERGE: Final = 2
@@ -65,11 +69,18 @@ class Counters:
         """What must stand still for ksmd to have converged.
 
         Unshared and volatile as one: each page that ksmd visits is in neither tree for a moment.
+        Their sum is off by one where ksmd is at work between the readings of the two files, so it
+        is taken from `general_profit`, one file, in which all rmap_items are counted.
+
+        Source: mm/ksm.c, general_profit_show().
         """
+        merged = self.pages_sharing + self.ksm_zero_pages
         return (
             self.pages_shared,
             self.pages_sharing,
-            self.pages_unshared + self.pages_volatile,
+            (merged * PAGE_BYTES - self.general_profit) // RMAP_ITEM_BYTES
+            if self.general_profit
+            else self.pages_unshared + self.pages_volatile,
             self.ksm_zero_pages,
             self.stable_node_chains,
             self.stable_node_dups,
