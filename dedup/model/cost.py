@@ -262,7 +262,8 @@ class Cost:
     otherwise. Where others use KSM already, a scan under way comes on top: up to one full scan.
 
     CPU is None without a calibration, and times are then those of the sleeps alone: at the least.
-    Other work on the processors is in the times as it was at the calibration; ksmd has nice 5.
+    Times are those of free processors; ksmd has nice 5. How it had to wait for one during the
+    calibration is in their upper bounds.
     """
 
     calibrated: bool
@@ -547,8 +548,7 @@ def price(load: Load, settings: Settings, calibration: Calibration | None) -> Co
         See there from when to when its times run.
     """
     costs = calibration.costs if calibration else None
-    waiting = calibration.waiting if calibration else 0.0
-    value = _figures(load, settings, costs, waiting=waiting)
+    value = _figures(load, settings, costs)
     metadata = load.rmap_items * RMAP_ITEM_BYTES + load.pages_shared * STABLE_NODE_BYTES
     # A chain has a node of its own, and zero pages have an rmap_item until the third scan.
     most = metadata + load.ksm_zero_pages * RMAP_ITEM_BYTES + load.pages_shared * STABLE_NODE_BYTES
@@ -574,7 +574,7 @@ def _with_cpu(
     least = OBSERVED_RANGE if calibration.observed else CPU_RANGE
     spread = min(0.9, max(least, 2 * calibration.spread))
     low = _figures(load, settings, calibration.costs, 1 - spread)
-    high = _figures(load, settings, calibration.costs, 1 + spread, 2 * calibration.waiting)
+    high = _figures(load, settings, calibration.costs, 1 + spread, calibration.waiting)
     bounds = dict(cost.bounds)
     for name in _Figures._fields[:6]:
         widened = TIME_RANGE if name in {"converge_seconds", "full_scan_seconds"} else 0.0
@@ -587,9 +587,7 @@ def _with_cpu(
         max(bounds["full_scan_seconds"][1], high.longest_scan_seconds * (1 + TIME_RANGE)),
     )
     if calibration.observed:
-        merging = _figures(
-            load, settings, calibration.costs, OBSERVED_MERGES, 2 * calibration.waiting
-        )
+        merging = _figures(load, settings, calibration.costs, OBSERVED_MERGES, calibration.waiting)
         for name in ("converge_seconds", "cpu_seconds", "merge_pass_cpu_seconds"):
             bounds[name] = (bounds[name][0], getattr(merging, name))
     cores = [f.full_scan_cpu_seconds / f.full_scan_seconds for f in (low, value, high)]

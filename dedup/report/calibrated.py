@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from dedup.report.jsonout import envelope
 from dedup.report.names import lossless, safe
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from dedup.model.cost import Measured
     from dedup.observe.calibrate import Calibrated, Planned
+
+BUSY: Final = 0.2
 
 
 def calibration_object(result: Calibrated, path: Path) -> dict[str, Any]:
@@ -72,7 +74,8 @@ def calibration_lines(result: Calibrated, path: Path) -> list[str]:
     return [
         *lines,
         f"repeated scans differ by {found.spread:.0%}",
-        f"ksmd waited for a processor: {found.waiting:.0%} of its CPU time",
+        f"ksmd waited for a processor: {found.waiting:.0%} of its CPU time"
+        + (" (a busy host: times can be as much longer)" if found.waiting > BUSY else ""),
         f"took {result.seconds:.1f} s, stored in {safe(str(path))}",
     ]
 
