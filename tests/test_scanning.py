@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from itertools import pairwise
 
 import pytest
 
@@ -26,7 +27,8 @@ def test_a_long_full_scan_takes_a_third_look(target: Target) -> None:
     target.stop()
     assert found.passes == 3
     assert found.extrapolated
-    assert found.looks_seconds == pytest.approx([0, 2.5, 7.5], abs=0.4)
+    for seconds, least in zip(found.looks_seconds, [0, 2.5, 7.5], strict=True):
+        assert least - 0.01 <= seconds < least + 4
     assert not found.drifting
     # What is written to all the time was lost by the first looks; nothing else ever is.
     assert found.prediction.pages_sharing == pytest.approx(before - len(written), abs=12)
@@ -47,8 +49,10 @@ def test_looks_that_were_asked_for(target: Target, passes: int) -> None:
     found = scan_pids([target.pid], Plan(passes=passes, interval_seconds=0.2, full_scan_seconds=60))
     assert found.passes == passes
     assert not found.extrapolated
-    assert found.looks_seconds == pytest.approx([0.2 * i for i in range(passes)], abs=0.1)
-    assert found.interval_seconds == pytest.approx(0.2 if passes > 1 else 0, abs=0.05)
+    assert len(found.looks_seconds) == passes
+    gaps = [b - a for a, b in pairwise(found.looks_seconds)]
+    assert all(0.19 < gap < 3 for gap in gaps)
+    assert found.interval_seconds == max(gaps, default=0.0)
     assert (found.drifting is None) == (passes == 1)
 
 
