@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 PACE_SECONDS: Final = 0.3
 PACE_BATCHES: Final = 8
 """So long, and so many batches, ksmd is watched before its own pace counts."""
+CONFIRMING_LOOKS: Final = 2
+CONFIRMING_PART: Final = 3
+"""Looks that confirm a drift, and the part of the time looked at that lies before each."""
 ENOUGH: Final = 0.95
 """A look this near to the steady state's time is as good as one at it."""
 PROPOSED_PAGES_TO_SCAN: Final = (1000, 5000, 20_000)
@@ -43,8 +46,6 @@ ASSUMABLE: Final = {
     "smart_scan": (0, 1),
 }
 """Tunables for whose other values a scan can be made, with the lowest and the highest."""
-THIRD_LOOK: Final = 3
-"""When the third look comes, in units of the time from the first to the second."""
 
 
 @dataclass(slots=True)
@@ -260,11 +261,15 @@ class _Looking:
             self.alone.append(self._snapshot(pages))
             self.full_scan = self._full_scan(self.alone[0])
             extrapolated = self._look_on(pages)
-        drifts = self._drifts(pages) if len(self.began) > 1 else None
+        drifts = None
+        if len(self.began) > 1:
+            # What the result is made of, before more looks are taken.
+            pages = self._kept_apart(pages)
+            drifts = self._drifts(pages)
         prediction = self._steady(pages) if extrapolated else self.predictions[-1]
         if drifts:
             prediction = steady.seen([*self.alone, *self.predictions])
-        load = self._load(prediction)
+        load = self._load(pages, prediction)
         return Scan(
             kernel=platform.release(),
             tunables=self.tunables,
@@ -306,14 +311,17 @@ class _Looking:
         if self.pace.running and self.plan.full_scan_seconds is None:
             self._wait_until(self.began[0] + PACE_SECONDS)
             self.full_scan = self._full_scan(self.alone[0])
-        self._look_after(self.began[0] + steady.looks(self.full_scan).at[1])
+        looks = steady.looks(self.full_scan)
+        self._look_after(self.began[0] + looks.at[1])
         self._predict(pages)
         distance = self.began[1] - self.began[0]
         if distance >= self._steady_seconds() * ENOUGH:
             return False
-        self._look_after(self.began[0] + THIRD_LOOK * distance)
+        # As far away as a look took, where that is longer than it was meant to be.
+        third = max(looks.at[-1], steady.THIRD_LOOK * distance)
+        self._look_after(self.began[0] + min(third, max(self._steady_seconds(), looks.at[-1])))
         self._predict(pages)
-        return self.began[2] - self.began[0] < self._steady_seconds()
+        return self.began[2] - self.began[0] < self._steady_seconds() * ENOUGH
 
     def _steady_seconds(self) -> float:
         return max(steady.INTERVAL_LEAST_SECONDS, steady.STEADY_FACTOR * self.full_scan)
@@ -340,7 +348,7 @@ class _Looking:
         if seen is not None:
             return seen
         # Predictions are for smart scan off.
-        return self._price(self._load(prediction), smart_scan=0).full_scan_seconds
+        return self._price(self._load(self._pages, prediction), smart_scan=0).full_scan_seconds
 
     @property
     def _pages(self) -> Pages:
@@ -353,10 +361,15 @@ class _Looking:
             return 0
         return max(0, self.pace.ksm.counters().rmap_items - ours)
 
-    def _load(self, prediction: Prediction) -> cost.Load:
+    @staticmethod
+    def _kept_apart(pages: Pages) -> Pages:
+        """A view of the pages that later looks leave as it is, but for the arrays in place."""
+        return replace(pages, regions=list(pages.regions), processes=list(pages.processes))
+
+    def _load(self, pages: Pages, prediction: Prediction) -> cost.Load:
         """What ksmd has to do."""
-        ours = sum(p.ksm_rmap_items for p in self._pages.processes)
-        return cost.load_of(self._pages, self.groups, prediction, self._others(ours))
+        ours = sum(p.ksm_rmap_items for p in pages.processes)
+        return cost.load_of(pages, self.groups, prediction, self._others(ours))
 
     def _price(self, load: cost.Load, **other: int) -> Cost:
         """What it costs, with other tunables than the assumed ones, too."""
@@ -388,14 +401,31 @@ class _Looking:
         self.predictions.append(merge.predict(pages, self.groups, self.rules))
 
     def _drifts(self, pages: Pages) -> bool:
-        """Whether what one look says has moved since the first."""
+        """Whether what one look says has moved since the first, and stays so.
+
+        Pages that are written to in step are equal in one moment and not in the next. So, where it
+        has moved, two more looks must say the same.
+        """
         word = pages.frames & (Flag.VOLATILE | Flag.NEW | Flag.GONE)
         changed = int(np.count_nonzero(word))
         before = steady.merged(self.alone[0])
         if changed <= steady.DRIFT_SHARE * before:
             return False
-        self.alone.append(self._snapshot(pages))
-        return steady.drifting(before, steady.merged(self.alone[-1]), changed)
+        side = 0.0
+        interval = (self.began[-1] - self.began[0]) / CONFIRMING_PART
+        for more in range(1 + CONFIRMING_LOOKS):
+            if more == 1:
+                # Later looks write in place.
+                pages.hashes, pages.frames = pages.hashes.copy(), pages.frames.copy()
+            if more:
+                wait_until(time.monotonic() + interval, self.plan.options.progress)
+                self.source.look_again()
+            self.alone.append(self._snapshot(self._pages))
+            moved = steady.merged(self.alone[-1]) - before
+            if not steady.drifting(before, before + moved, changed) or moved * side < 0:
+                return False
+            side = moved
+        return True
 
     def _steady(self, pages: Pages) -> Prediction:
         second, third = self.predictions

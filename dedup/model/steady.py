@@ -21,6 +21,10 @@ STEADY_FACTOR: Final = 1.6
 """Looks this many full scans apart see as volatile what ksmd does in the steady state."""
 INTERVAL_MOST_SECONDS: Final = 5.0
 INTERVAL_LEAST_SECONDS: Final = 0.05
+THIRD_LOOK: Final = 3
+"""When the third look comes, in units of the time from the first to the second."""
+LAST_LOOK_SECONDS: Final = 7.5
+"""At the latest, so that no two looks are more than 5 s apart."""
 DRIFT_SHARE: Final = 0.01
 """A figure of one look that moves by more of itself from look to look is no steady state."""
 SPREAD: Final = 4.0
@@ -54,12 +58,14 @@ def looks(full_scan_seconds: float) -> Looks:
     Returns
     -------
     Looks
-        Two looks 1.6 full scans apart; where that is more than 5 s, three at 0, 2.5 and 7.5 s.
+        Two looks 1.6 full scans apart; where that is more than 5 s three, the third one then or
+        after 7.5 s, the second one at a third of its time.
     """
     steady = STEADY_FACTOR * full_scan_seconds
     if steady <= INTERVAL_MOST_SECONDS:
         return Looks((0.0, max(INTERVAL_LEAST_SECONDS, steady)))
-    return Looks((0.0, INTERVAL_MOST_SECONDS / 2, INTERVAL_MOST_SECONDS * 1.5), extrapolated=True)
+    last = min(steady, LAST_LOOK_SECONDS)
+    return Looks((0.0, last / THIRD_LOOK, last), extrapolated=last < steady)
 
 
 def drifting(first: float, last: float, changed: int) -> bool:
