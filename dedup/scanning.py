@@ -107,7 +107,10 @@ class Scan:
     extrapolated: bool = False
     """Whether the steady state lies beyond the last look."""
     drifting: bool | None = None
-    """Whether the memory is still changing its nature; None where one look can't know."""
+    """Whether the memory is still changing its nature.
+
+    None where that can't be known: after one look, or where a process ended between looks.
+    """
     overstated_most_pages: int | None = None
     """So many of `pages_sharing`, at the most, are not shared any more at any moment."""
     cost: Cost | None = None
@@ -262,7 +265,7 @@ class _Looking:
             self.full_scan = self._full_scan(self.alone[0])
             extrapolated = self._look_on(pages)
         drifts = None
-        if len(self.began) > 1:
+        if len(self.began) > 1 and not self.source.lost_any:
             # What the result is made of, before more looks are taken.
             pages = self._kept_apart(pages)
             drifts = self._drifts(pages)
@@ -321,7 +324,9 @@ class _Looking:
         third = max(looks.at[-1], steady.THIRD_LOOK * distance)
         self._look_after(self.began[0] + min(third, max(self._steady_seconds(), looks.at[-1])))
         self._predict(pages)
-        return self.began[2] - self.began[0] < self._steady_seconds() * ENOUGH
+        near = self.began[2] - self.began[0] >= self._steady_seconds() * ENOUGH
+        # With a process the less, what the first look said is of other memory.
+        return not near and not self.source.lost_any
 
     def _steady_seconds(self) -> float:
         return max(steady.INTERVAL_LEAST_SECONDS, steady.STEADY_FACTOR * self.full_scan)
@@ -446,7 +451,7 @@ class _Looking:
         found = smart.forecast(
             pages, self.groups, self.rules, prediction, lambda p: grouping.group(p, threads)
         )
-        if not self.alone:
+        if not self.alone or self.source.lost_any:
             return found
         # Unmerged, a page is visited every ninth scan: it has to last for so much longer.
         at_once = steady.merged(self.alone[0])

@@ -92,6 +92,11 @@ class LiveSource:
     """Processes (indices) that ended during the scan: none of their pages counts."""
     _runs: list[tuple[I64, I64, I64, I64]] = field(default_factory=list)
 
+    @property
+    def lost_any(self) -> bool:
+        """Whether a process ended since the first look: the looks are not of the same memory."""
+        return bool(self._ended)
+
     def first_look(self) -> Pages:
         """Look for the first time.
 
@@ -413,7 +418,8 @@ class LiveSource:
         if not isinstance(e, (NoSuchProcess, NotPermitted)) or len(self.pids) <= 1:
             raise e
         self._failures.append(e)
-        pages.skipped.append(Skipped(pid, e.message, e.code))
+        if not any(s.pid == pid for s in pages.skipped):
+            pages.skipped.append(Skipped(pid, e.message, e.code))
         if pid in self._index:
             self._ended.add(self._index[pid])
 
