@@ -31,7 +31,11 @@ def _opened(process: Process) -> Iterator[Handle | None]:
         yield None
         return
     with handle:
-        yield handle if handle.id == process.id else None
+        try:
+            same = handle.id == process.id
+        except NoSuchProcess:
+            same = False
+        yield handle if same else None
 
 
 def looks_like(pages: Pages, samples: Sequence[Sequence[int]], seed: int) -> list[str | None]:
