@@ -80,6 +80,28 @@ class Target:
     flags: list[int] = field(default_factory=list)
     regions: list[int] = field(default_factory=list)
     """Region index of each range."""
+    files: tuple[int, int] | None = None
+    """Descriptors of its mem and pagemap, while it is open."""
+
+    def open(self) -> None:
+        """Open what a look reads, so that a process that ends from here on is only found dead.
+
+        Raises
+        ------
+        dedup.errors.ProcessGone, dedup.errors.NotPermitted
+        """
+        mem = self.handle.open("mem")
+        try:
+            self.files = mem, self.handle.open("pagemap")
+        except BaseException:
+            os.close(mem)
+            raise
+
+    def close(self) -> None:
+        """Close it again."""
+        for fd in self.files or ():
+            os.close(fd)
+        self.files = None
 
 
 @dataclass(slots=True)
@@ -172,13 +194,11 @@ def look(
     tally.hash_source = load_hash(sight.page_size)
     tally.threads = threads
     with ExitStack() as stack:
-        mem: list[int] = []
-        pagemap: list[int] = []
         for t in targets:
-            for name, fds in (("mem", mem), ("pagemap", pagemap)):
-                fd = t.handle.open(name)
-                stack.callback(os.close, fd)
-                fds.append(fd)
+            if t.files is None:
+                t.open()
+                stack.callback(t.close)
+        files = [t.files or (-1, -1) for t in targets]
         kpageflags = -1
         if sight.kpageflags:
             kpageflags = os.open("/proc/kpageflags", os.O_RDONLY | os.O_CLOEXEC)
@@ -190,8 +210,8 @@ def look(
             sight.page_size,
             seed,
             np.array([t.handle.pid for t in targets], np.int64),
-            np.array(mem, np.int64),
-            np.array(pagemap, np.int64),
+            np.array([f[0] for f in files], np.int64),
+            np.array([f[1] for f in files], np.int64),
             np.array(
                 [
                     (_core.TARGET_FAST if t.fast else 0)

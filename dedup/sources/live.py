@@ -218,18 +218,26 @@ class LiveSource:
     def _batch(
         self, handles: Sequence[Handle], parents: set[int], *, merging: bool, first: bool
     ) -> None:
-        pages = self.pages
-        assert pages is not None
         targets: list[memory.Target] = []
         anonymous = 0
-        for handle in handles:
-            try:
-                target, room = self._target(handle, parents, merging=merging, first=first)
-            except DedupError as e:
-                self._leave_out(handle.pid, e)
-                continue
-            targets.append(target)
-            anonymous += room
+        try:
+            for handle in handles:
+                try:
+                    target, room = self._target(handle, parents, merging=merging, first=first)
+                except DedupError as e:
+                    self._leave_out(handle.pid, e)
+                    continue
+                targets.append(target)
+                anonymous += room
+            self._look(targets, anonymous, first=first)
+        finally:
+            for target in targets:
+                target.close()
+
+    def _look(self, targets: Sequence[memory.Target], anonymous: int, *, first: bool) -> None:
+        """Look at opened targets, with so many pages to expect."""
+        pages = self.pages
+        assert pages is not None
         if self._store is None:
             # Room for this batch and, by a guess, those to come; untouched room is free.
             self._store = memory.Store.of(anonymous + anonymous // 8 + 65536)
@@ -282,17 +290,19 @@ class LiveSource:
         fast = fast and handle.pid not in parents and handle.info.reaped_faults == 0
         target = memory.Target(handle, fast, in_place=bool(self.spans))
         process = self._process_index(handle, counters)
-        pagemap_fd = handle.open("pagemap")
         room = 0
+        target.open()
         try:
+            assert target.files is not None
             for m in mappings:
                 for region in self._pieces(process, m):
                     index = self._region_index(region)
                     if not region.scanned:
                         continue
-                    room += self._add_ranges(target, pagemap_fd, region, m, index)
-        finally:
-            os.close(pagemap_fd)
+                    room += self._add_ranges(target, target.files[1], region, m, index)
+        except BaseException:
+            target.close()
+            raise
         return target, room
 
     def _process_index(self, handle: Handle, counters: ksm_interface.ProcessCounters | None) -> int:

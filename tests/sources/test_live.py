@@ -272,3 +272,24 @@ def test_an_exec_between_looks_is_said() -> None:
         with pytest.raises(ProcessGone, match="another program"):
             source.look_again()
         process.kill()
+
+
+def test_a_process_that_ends_before_it_is_read_is_left_out(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends between the look at its mappings and the reading: the others are scanned."""
+    from dedup.kernel import memory
+
+    with Target() as ending:
+        ending.do("map", name="a", pages=50)
+        ending.do("fill", name="a", at=0, count=50, what="unique")
+        real = memory.look
+
+        def after_its_end(*args: Any, **words: Any) -> memory.Look:
+            ending.kill()
+            return real(*args, **words)
+
+        monkeypatch.setattr(memory, "look", after_its_end)
+        found = scan(target.pid, ending.pid, passes=1)
+    assert [s.pid for s in found.pages.skipped] == [ending.pid]
+    assert found.scanned_pages > 0
