@@ -263,8 +263,14 @@ class Twin:
     def predict(self) -> Prediction:
         """Look twice, as `dedup scan` does, the order known."""
 
+        looked = False
+
         def between(what: str, done: int, total: int) -> None:
-            if what == "waiting" and not done:
+            # At the end of the first look: a wait for the second there may be none, where the
+            # first took longer than the interval.
+            nonlocal looked
+            if what == "processes" and done == total and not looked:
+                looked = True
                 self.rewrite_volatile()
 
         options = Options(scope="advised", progress=between)
