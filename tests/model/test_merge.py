@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from dedup.model.merge import PROCESS_FIELDS, Prediction, Rules
 from tests.model.layouts import UNIQUE, Layout, layouts, prediction
+from tests.model.simulator import ZERO
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -149,6 +150,25 @@ def test_pinned_pages_never_put_the_truth_outside(
     truth = layout.truth(limit, use_zero_pages=use_zero_pages)
     rules = Rules(limit, use_zero_pages, order_known=order_known)
     check(truth, prediction(layout, rules, hidden=hidden, seed=limit), exact=False)
+
+
+@pytest.mark.parametrize("use_zero_pages", [False, True])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_huge_page_is_locked_by_a_mapping_of_any_of_its_pages(
+    hidden: bool, use_zero_pages: bool
+) -> None:
+    """A parent locks a huge page, its child alone still maps the all-zero page in it."""
+    layout = Layout()
+    p = layout.process()
+    layout.page(p, 1)
+    layout.huge(p, [ZERO, 1], locked=True)
+    layout.page(p, ZERO)
+    layout.fork(p)
+    zero = next(i for i, m in enumerate(layout.processes[p]) if m.frame.huge)
+    layout.rewrite(p, zero, UNIQUE)
+    truth = layout.truth(256, use_zero_pages=use_zero_pages)
+    rules = Rules(256, use_zero_pages, order_known=True)
+    check(truth, prediction(layout, rules, hidden=hidden), exact=False)
 
 
 def test_257_pages_over_three_processes() -> None:
