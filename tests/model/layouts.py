@@ -144,7 +144,7 @@ class Layout:
                 for flag, on in (
                     (Flag.EXCLUSIVE, mapped[f] == 1),
                     (Flag.KSM, f.node is not None and not hidden),
-                    (Flag.THP, f.huge is not None),
+                    (Flag.THP, f.compound is not None),
                     (Flag.ZERO | Flag.CONSTANT, f.content == ZERO),
                     (Flag.VOLATILE, m.volatile),
                     (Flag.LOCKED, m.locked),

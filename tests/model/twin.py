@@ -226,6 +226,8 @@ class Twin:
                 return "locked pages shared by fork, beyond max_page_sharing"
             if shared and any(f.compound for f in locked):
                 return "locked huge pages shared by fork"
+            if shared and leaving and any(m.frame.compound for m in g):
+                return "locked pages shared by fork, and all-zero pages in huge pages of the same"
         return ""
 
     # -- counting --------------------------------------------------------------------------------
