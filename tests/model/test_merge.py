@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import secrets
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from dedup.model.merge import PROCESS_FIELDS, Prediction, Rules
 from tests.model.layouts import UNIQUE, Layout, layouts, prediction
 from tests.model.simulator import ZERO
+from tests.random_layouts import numbers, on_paper
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -211,6 +214,14 @@ def test_sizes_around_max_page_sharing(
     assert (found.stable_node_chains, found.stable_node_dups) == (chains, dups)
     assert found.general_profit == sharing * 4096 - n * 64
     assert found.frames_freed == sharing
+
+
+def test_random_layouts_on_paper() -> None:
+    """Those that `tests.random_layouts` makes of real memory: new ones at each run."""
+    seed = secrets.randbelow(10**9)
+    for number in itertools.islice(numbers(seed), 500):
+        result = on_paper(number)
+        assert not result.wrong, (number, result.chance, [str(f) for f in result.wrong])
 
 
 def test_no_pages_at_all() -> None:
