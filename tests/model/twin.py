@@ -179,8 +179,9 @@ class Paper:
                 return "locked pages shared by fork, beyond max_page_sharing"
             if shared and any(f.compound for f in locked):
                 return "locked huge pages shared by fork"
-            if shared and leaving and any(m.frame.compound for m in g):
-                return "locked pages shared by fork, and all-zero pages in huge pages of the same"
+            # When those merge, so that the huge page splits, decides over what else is in it.
+            if shared and (leaving or beyond) and any(m.frame.compound for m in g):
+                return "locked pages shared by fork, with copies in huge pages"
         return ""
 
     # -- against the simulator -------------------------------------------------------------------
