@@ -16,17 +16,20 @@ import secrets
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import TypeVar
 
 from tests.conftest import ksm_lock
 from tests.kernel_fixtures import KsmControl, ksm_control
 from tests.model.layouts import UNIQUE
 from tests.model.simulator import SHARED_ZERO, ZERO, Frame
-from tests.model.twin import Figure, Twin
+from tests.model.twin import Figure, Paper, Twin
 
 MOST_PROCESSES = 6
+
+T = TypeVar("T", bound=Paper)
 
 
 @dataclass
@@ -70,24 +73,24 @@ class Draw:
         # so no locked pages shared by fork, that make merges fail, in memory merged before.
         self.locks = not (self.merges_before and self.forks)
 
-    def lay_out(self, stack: ExitStack, ksm: KsmControl) -> Twin:
-        """Make the processes."""
+    def lay_out(self, make: Callable[[int], T], merge: Callable[[T], None]) -> T:
+        """Make so many processes and fill them; `merge` merges what is there."""
         chance = self.chance
-        twin = Twin(stack, chance.choice([1, 1, 2, 2, 3]))
+        twin = make(chance.choice([1, 1, 2, 2, 3]))
         for _ in range(chance.randint(2, 9)):
             self.one_thing(twin)
         if self.merges_before:
             self.has.add("merged before")
-            twin.merge_now(ksm)
+            merge(twin)
             for _ in range(chance.randint(1, 6)):
                 self.one_thing(twin)
         self.name(twin)
         return twin
 
-    def one_thing(self, twin: Twin) -> None:
+    def one_thing(self, twin: Paper) -> None:
         """Do something to one of the processes."""
         chance = self.chance
-        p = chance.randrange(len(twin.pids))
+        p = chance.randrange(len(twin.layout.processes))
         mappings = twin.layout.processes[p]
         kinds = ["pages", "pages", "copies", "copies", "rewrite", "volatile"]
         kinds += ["locked"] * self.locks + ["huge"] * (4 * self.huge) + ["fork"] * (3 * self.forks)
@@ -109,7 +112,7 @@ class Draw:
                 locked = self.locks and chance.random() < 0.15
                 self.has |= {"huge page"} | ({"locked huge page"} if locked else set())
                 twin.huge(p, some, locked=locked)
-            case "fork" if len(twin.pids) < MOST_PROCESSES:
+            case "fork" if len(twin.layout.processes) < MOST_PROCESSES:
                 self.has.add("fork")
                 twin.fork(p)
             case "rewrite" if mappings:
@@ -122,7 +125,7 @@ class Draw:
             case _:
                 pass
 
-    def name(self, twin: Twin) -> None:
+    def name(self, twin: Paper) -> None:
         """Note what is in it."""
         every = [m for mappings in twin.layout.processes for m in mappings]
         count = Counter(m.frame.content for m in every)
@@ -134,7 +137,7 @@ class Draw:
                 f.compound and len(p) > 1 for f, p in processes.items()
             ),
             "zero in a huge page": any(f.compound and f.content == ZERO for f in processes),
-            "several processes": len(twin.pids) > 1,
+            "several processes": len(twin.layout.processes) > 1,
             "zero": any(m.frame.content == ZERO and m.frame is not SHARED_ZERO for m in every),
             "unique": any(n == 1 for n in count.values()),
             "copies": any(n > 1 for n in count.values()),
@@ -153,9 +156,19 @@ def run(ksm: KsmControl, number: int) -> Result:
     ksm.clear()
     ksm.set(max_page_sharing=draw.limit, use_zero_pages=int(draw.use_zero_pages))
     with ExitStack() as stack:
-        twin = draw.lay_out(stack, ksm)
+        twin = draw.lay_out(lambda n: Twin(stack, n), lambda t: t.merge_now(ksm))
         chance = twin.left_to_chance(draw.limit)
         return Result(number, sorted(draw.has), twin.compare(ksm), chance)
+
+
+def on_paper(number: int) -> Result:
+    """Compare one layout with the simulator, without any process."""
+    draw = Draw(number)
+    zero = draw.use_zero_pages
+    paper = draw.lay_out(Paper, lambda t: t.merge(draw.limit, use_zero_pages=zero))
+    chance = paper.left_to_chance(draw.limit)
+    figures = paper.simulated(draw.limit, use_zero_pages=zero)
+    return Result(number, sorted(draw.has), figures, chance)
 
 
 def numbers(seed: int) -> Iterator[int]:

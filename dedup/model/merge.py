@@ -240,6 +240,10 @@ class _Model:
         self.may_split: set[int] = set()
         self.one_stays: list[set[int]] = []
         self.shared_folios: set[int] = set()
+        self.locked_folios = np.empty(0, np.int64)
+        """Huge pages whose all-zero pages a split leaves in place."""
+        self.locked_hidden = False
+        """Whether other processes' huge pages are the same is hidden."""
         self.undecided = False
         """Linked, and still not one number."""
         self.cut = False
@@ -267,6 +271,8 @@ class _Model:
         contents = self._all_but_simple()
         zeros = self._zeros(np.flatnonzero(stable & zero))
         self.cut = bool((zeros.thp & ((zeros.word & Flag.LOCKED) == 0)).any())
+        if zeros.thp.any():
+            self._find_locked(present)
         if self.linked:
             contents, zeros = self._scan_linked(contents, zeros)
         self._contents(contents)
@@ -358,6 +364,17 @@ class _Model:
             folio[hidden] = -1 - (address * len(self.pages.processes) + c.process[hidden])
             self.shared_folios.update(folio[c.thp & c.maybe_shared].tolist())
         return folio
+
+    def _find_locked(self, present: Bool) -> None:
+        """Find the huge pages that any of their mappings locks, whatever it holds itself.
+
+        Source: mm/migrate.c, try_to_map_unused_to_zeropage: PG_mlocked is the huge page's.
+        """
+        pages, lock = self.pages, Flag.THP | Flag.LOCKED
+        index = np.flatnonzero(present & ((pages.frames & lock) == lock))
+        c = self._copies(index, np.zeros(len(index), np.int64), 1)
+        self.locked_folios = np.unique(self._folio_of(c))
+        self.locked_hidden = bool(((c.word & Flag.HIDDEN) != 0).any()) and len(pages.processes) > 1
 
     def _copies(self, index: I64, group: I64, groups: int) -> _Copies:
         word = self.pages.frames[index]
@@ -577,7 +594,6 @@ class _Model:
         order = np.argsort(self.pages.scan_order(c.index))
         c, folio = c.take(order), folio[order]
         zero = np.bincount(c.group, c.zero, c.groups) > 0
-        locked = np.unique(folio[c.thp & ((c.word & Flag.LOCKED) != 0)])
         end = Scanner(
             Memory(
                 c.group.tolist(),
@@ -585,7 +601,7 @@ class _Model:
                 folio.tolist(),
                 c.ksm.tolist(),
                 frozenset(np.flatnonzero(zero).tolist()),
-                frozenset(locked.tolist()),
+                frozenset(self.locked_folios.tolist()),
             ),
             self.limit,
             use_zero_pages=self.rules.use_zero_pages,
@@ -721,9 +737,10 @@ class _Model:
     def _zero(self, c: _Copies) -> None:
         """All-zero pages: merged like any content, mapped to the shared zero page, or both."""
         folio = self._folio_of(c) if c.thp.any() else c.frame
-        locked = np.unique(folio[c.thp & ((c.word & Flag.LOCKED) != 0)])
         # A split maps zero subpages to the shared zero page, but not if the huge page is locked.
-        vanishing = c.thp & ~np.isin(folio, locked)
+        vanishing = c.thp & ~np.isin(folio, self.locked_folios)
+        if self.locked_hidden:
+            vanishing &= (c.word & Flag.HIDDEN) == 0
         unclear = bool(self.pinned) or self.blind > 1
         # Of a locked huge page that a child shares, the child's part may stay or go: the split
         # takes the parent's lock from it, now or when the CPU's batch is emptied.

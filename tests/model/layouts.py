@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from hypothesis import strategies as st
@@ -16,7 +16,8 @@ from tests.model.simulator import SHARED_ZERO, ZERO, Counts, Frame, HugePage, Ks
 PAGE = 4096
 HUGE = 4
 """Pages in a huge page here."""
-NODES = Nodes(np.array([0, 1 << 30]), np.array([0, 1]))
+NODE_FRAMES = 1 << 20
+NODES = Nodes(np.array([0, NODE_FRAMES]), np.array([0, 1]))
 """Two NUMA nodes; all frames are on the first where nothing is said."""
 UNIQUE = -1
 """Stands for a content that nothing else has."""
@@ -144,7 +145,7 @@ class Layout:
                 for flag, on in (
                     (Flag.EXCLUSIVE, mapped[f] == 1),
                     (Flag.KSM, f.node is not None and not hidden),
-                    (Flag.THP, f.huge is not None),
+                    (Flag.THP, f.compound is not None),
                     (Flag.ZERO | Flag.CONSTANT, f.content == ZERO),
                     (Flag.VOLATILE, m.volatile),
                     (Flag.LOCKED, m.locked),
@@ -187,11 +188,19 @@ class Layout:
                 continue
             if m.frame.huge is not None:
                 for i, f in enumerate(m.frame.huge.frames):
-                    numbers[f] = (f.numa << 30) + block * self.huge_pages + i
+                    numbers[f] = f.numa * NODE_FRAMES + block * self.huge_pages + i
             else:
-                numbers[m.frame] = (m.frame.numa << 30) + block * self.huge_pages
+                numbers[m.frame] = m.frame.numa * NODE_FRAMES + block * self.huge_pages
             block += 1
         return numbers
+
+    def candidates(self, order: list[int]) -> Layout:
+        """The processes in this order; what is on the shared zero page is no candidate."""
+        processes = [
+            [replace(m, process=i) for m in self.processes[p] if m.frame is not SHARED_ZERO]
+            for i, p in enumerate(order)
+        ]
+        return replace(self, processes=processes, zero_pages=[self.zero_pages[p] for p in order])
 
     def _runs(self) -> list[tuple[int, int, int]]:
         """(process, begin, end) of addresses without a hole."""

@@ -10,6 +10,7 @@ import pytest
 
 from dedup.kernel.pagemap import sight
 from tests.kernel_fixtures import KsmControl, process_numbers
+from tests.model.layouts import UNIQUE
 from tests.model.simulator import ZERO
 from tests.model.twin import Figure, Twin
 from tests.random_layouts import numbers, run
@@ -52,6 +53,19 @@ def test_a_merge_that_fails_half_way_costs_a_forked_page_its_chance(ksm: KsmCont
         require_equal(twin.compare(ksm))
         counters = ksm.ksm.counters()
         assert (counters.pages_shared, counters.pages_volatile) == (0, 1)
+
+
+@pytest.mark.ksm
+def test_a_volatile_page_shows_however_long_a_look_takes(ksm: KsmControl) -> None:
+    """It is written between the two looks, that take some ms each with so many huge pages."""
+    ksm.set(max_page_sharing=256, use_zero_pages=0)
+    with ExitStack() as stack:
+        twin = Twin(stack, 1)
+        for _ in range(8):
+            twin.huge(0, [], locked=False)
+        twin.pages(0, [UNIQUE], volatile=True)
+        require_equal(twin.compare(ksm))
+        assert ksm.ksm.counters().pages_volatile == 1
 
 
 @pytest.mark.ksm

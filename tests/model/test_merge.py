@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import secrets
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,6 +13,8 @@ from hypothesis import strategies as st
 
 from dedup.model.merge import PROCESS_FIELDS, Prediction, Rules
 from tests.model.layouts import UNIQUE, Layout, layouts, prediction
+from tests.model.simulator import ZERO
+from tests.random_layouts import numbers, on_paper
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -151,6 +155,25 @@ def test_pinned_pages_never_put_the_truth_outside(
     check(truth, prediction(layout, rules, hidden=hidden, seed=limit), exact=False)
 
 
+@pytest.mark.parametrize("use_zero_pages", [False, True])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_huge_page_is_locked_by_a_mapping_of_any_of_its_pages(
+    hidden: bool, use_zero_pages: bool
+) -> None:
+    """A parent locks a huge page, its child alone still maps the all-zero page in it."""
+    layout = Layout()
+    p = layout.process()
+    layout.page(p, 1)
+    layout.huge(p, [ZERO, 1], locked=True)
+    layout.page(p, ZERO)
+    layout.fork(p)
+    zero = next(i for i, m in enumerate(layout.processes[p]) if m.frame.huge)
+    layout.rewrite(p, zero, UNIQUE)
+    truth = layout.truth(256, use_zero_pages=use_zero_pages)
+    rules = Rules(256, use_zero_pages, order_known=True)
+    check(truth, prediction(layout, rules, hidden=hidden), exact=False)
+
+
 def test_257_pages_over_three_processes() -> None:
     """The leftover is the last process's where the order is known, any one's where not."""
     layout = Layout()
@@ -191,6 +214,14 @@ def test_sizes_around_max_page_sharing(
     assert (found.stable_node_chains, found.stable_node_dups) == (chains, dups)
     assert found.general_profit == sharing * 4096 - n * 64
     assert found.frames_freed == sharing
+
+
+def test_random_layouts_on_paper() -> None:
+    """Those that `tests.random_layouts` makes of real memory: new ones at each run."""
+    seed = secrets.randbelow(10**9)
+    for number in itertools.islice(numbers(seed), 500):
+        result = on_paper(number)
+        assert not result.wrong, (number, result.chance, [str(f) for f in result.wrong])
 
 
 def test_no_pages_at_all() -> None:

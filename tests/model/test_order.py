@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dedup.model.order import simulate
-from tests.model.simulator import Counts, Frame, Ksmd, Mapping, Node
+from dedup.model.order import ON_ZERO_PAGE, Memory, Scanner, simulate
+from tests.model.layouts import Layout, layouts
+from tests.model.simulator import SHARED_ZERO, ZERO, Counts, Frame, HugePage, Ksmd, Mapping, Node
 
 
 @dataclass
@@ -98,3 +99,59 @@ def test_copies_fill_merged_pages_with_room_first() -> None:
     one = One([1, 1, 1, 2, 11, 12, 13, 14, 15, 16], ksm={1, 2})
     assert counts(one, 4) == (3, 7, 0, 0)
     check(one, 4)
+
+
+# -- several contents, tied together by huge pages -------------------------------------------------
+
+
+def require_same_scan(layout: Layout, limit: int, *, use_zero_pages: bool) -> None:
+    """Where each mapping ends, and what becomes of each huge page."""
+    mappings = [m for p in layout.processes for m in p]
+    frames: dict[Frame, int] = {}
+    huge: dict[HugePage | None, int] = {None: -1}
+    memory = Memory(
+        content=[m.frame.content for m in mappings],
+        frame=[frames.setdefault(m.frame, len(frames)) for m in mappings],
+        huge=[huge.setdefault(m.frame.compound, len(huge) - 1) for m in mappings],
+        is_ksm=[m.frame.node is not None for m in mappings],
+        zero=frozenset({ZERO}),
+        locked=frozenset(huge[m.frame.compound] for m in mappings if m.locked),
+    )
+    end = Scanner(memory, limit, use_zero_pages=use_zero_pages).run()
+    ksmd = Ksmd(mappings, len(layout.processes), limit, use_zero_pages=use_zero_pages)
+    truth = ksmd.run()
+    assert end.on_node == [m.node is not None for m in mappings]
+    gone = [f == ON_ZERO_PAGE for f in end.frame]
+    assert gone == [m.frame is SHARED_ZERO for m in mappings]
+    assert sum(end.placed) == truth.ksm_zero_pages
+    assert sum(len(nodes) for nodes in end.nodes.values()) == truth.pages_shared
+    assert len(end.in_tree) == truth.pages_unshared
+    assert end.split == {huge[h] for h in ksmd.huge_before if h is not None and h.is_split}
+
+
+@given(layouts(volatile=False), st.integers(2, 5) | st.integers(2, 20), st.booleans())
+def test_huge_pages_are_scanned_as_by_the_literal_scan(
+    layout: Layout, limit: int, use_zero_pages: bool
+) -> None:
+    require_same_scan(layout, limit, use_zero_pages=use_zero_pages)
+
+
+@pytest.mark.parametrize(("locked", "on_nodes"), [(False, 2), (True, 4)])
+def test_the_split_of_a_locked_huge_page_leaves_its_zero_pages(locked: bool, on_nodes: int) -> None:
+    """They merge then, with each other; of another huge page they are gone at once."""
+    layout = Layout()
+    p = layout.process()
+    layout.page(p, 1)
+    layout.huge(p, [1, ZERO, ZERO], locked=locked)
+    mappings = layout.processes[p]
+    memory = Memory(
+        [m.frame.content for m in mappings],
+        list(range(len(mappings))),
+        [-1, 0, 0, 0, 0],
+        [False] * len(mappings),
+        frozenset({ZERO}),
+        frozenset({0} if locked else ()),
+    )
+    end = Scanner(memory, 256, use_zero_pages=False).run()
+    assert (sum(end.on_node), end.split) == (on_nodes, {0})
+    require_same_scan(layout, 256, use_zero_pages=False)

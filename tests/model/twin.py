@@ -7,11 +7,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from dedup.kernel.pagemap import sight
-from dedup.model.merge import Prediction
+from dedup.model.merge import Prediction, Rules
 from dedup.scanning import Plan, scan_pids
 from dedup.sources.live import Options
 from tests.kernel_fixtures import PAGE, KsmControl, Target, frames, kpageflags, process_numbers
-from tests.model.layouts import Layout
+from tests.model.layouts import HUGE, Layout, prediction
 from tests.model.simulator import SHARED_ZERO, ZERO, Counts, Ksmd, Mapping
 
 FIELDS = (
@@ -64,39 +64,26 @@ class Figure:
         return f"{self.name}: counted {self.counted}, predicted {found}, simulated {self.simulated}"
 
 
-class Twin:
-    """Processes with one mapping each; what is done to one is done to its layout.
+class Paper:
+    """A layout alone, and what can be done to it; `Twin` does the same to real memory.
 
-    The first ones are separate processes, forks come after them. All memory becomes mergeable
-    in the order of `order`, while ksmd rests at the head of its list: so it comes by in that order.
+    Parameters
+    ----------
+    processes : int
+    huge_pages : int
+        Pages in a huge page.
     """
 
-    def __init__(self, stack: ExitStack, processes: int, huge_blocks: int = 16) -> None:
-        self.huge_pages = sight().huge_bytes // PAGE or 512
-        self.layout = Layout(huge_pages=self.huge_pages)
-        self.room = huge_blocks * self.huge_pages
-        self.targets: list[Target] = []
-        self.way: list[tuple[int, ...]] = []
-        self.pids: list[int] = []
-        self.starts: list[int] = []
+    def __init__(self, processes: int, huge_pages: int = HUGE) -> None:
+        self.huge_pages = huge_pages
+        self.layout = Layout(huge_pages=huge_pages)
         self.order: list[int] = []
         """Processes with mergeable memory, in the order of ksmd's list."""
         for _ in range(processes):
             self.layout.process()
-            target = stack.enter_context(Target())
-            start = target.do("map", name="a", pages=self.room, align=self.huge_pages * PAGE)
-            target.do("advise", name="a", what="nohugepage")
-            self._add(target, (), target.pid, start)
-
-    def _add(self, target: Target, way: tuple[int, ...], pid: int, start: int) -> None:
-        self.targets.append(target)
-        self.way.append(way)
-        self.pids.append(pid)
-        self.starts.append(start)
 
     def do(self, p: int, verb: str, **words: object) -> object:
-        """Give a command to process p, about its mapping."""
-        return self.targets[p].do(verb, child=self.way[p], name="a", **words)
+        """Do it to process p."""
 
     # -- laying out ------------------------------------------------------------------------------
 
@@ -134,12 +121,6 @@ class Twin:
     def fork(self, p: int) -> None:
         """Fork a process; a child of one with mergeable memory is on ksmd's list at once."""
         q = self.layout.fork(p)
-        pid = self.targets[p].do("fork", child=self.way[p])
-        before = sum(
-            t is self.targets[p] and w[:-1] == self.way[p] and bool(w)
-            for t, w in zip(self.targets, self.way, strict=True)
-        )
-        self._add(self.targets[p], (*self.way[p], before), pid, self.starts[p])
         if p in self.order:
             self.order.append(q)
 
@@ -149,49 +130,21 @@ class Twin:
             self.layout.rewrite(p, index, content)
             self._put(p, self.layout.processes[p][index : index + 1])
 
-    def rewrite_volatile(self) -> None:
-        """Write the pages that are rewritten all the time."""
-        for p, mappings in enumerate(self.layout.processes):
-            for m in mappings:
-                if m.volatile:
-                    self.do(p, "put", at=m.address, what=["unique"])
-
-    # -- ksmd ------------------------------------------------------------------------------------
-
     def advise(self) -> None:
         """Make all memory mergeable, process after process."""
-        for p in range(len(self.pids)):
+        for p in range(len(self.layout.processes)):
             self.do(p, "advise", what="mergeable")
             if p not in self.order:
                 self.order.append(p)
 
-    def converge(self, ksm: KsmControl) -> list[int]:
-        """Scan after scan until nothing changes, volatile pages written in between."""
-        last: list[int] = []
-        still = 0
-        ksm.start()
-        try:
-            for _ in range(MOST_SCANS):
-                self.rewrite_volatile()
-                ksm.step()
-                now = self.counted(ksm)
-                still = still + 1 if now == last else 0
-                if still == STILL_SCANS:
-                    return now
-                last = now
-        finally:
-            ksm.stop()
-        raise AssertionError(f"ksmd does not come to rest: {self.counted(ksm)}")
-
-    def merge_now(self, ksm: KsmControl) -> None:
+    def merge(self, limit: int, *, use_zero_pages: bool) -> None:
         """Merge what is there; what comes later finds it merged."""
         self.advise()
-        self.converge(ksm)
         ksmd = Ksmd(
             [m for p in self.order for m in self.layout.processes[p]],
-            len(self.pids),
-            int(ksm.ksm.tunables()["max_page_sharing"]),
-            use_zero_pages=bool(ksm.ksm.tunables()["use_zero_pages"]),
+            len(self.layout.processes),
+            limit,
+            use_zero_pages=use_zero_pages,
             zero_pages=self.layout.zero_pages,
         )
         ksmd.run()
@@ -226,7 +179,128 @@ class Twin:
                 return "locked pages shared by fork, beyond max_page_sharing"
             if shared and any(f.compound for f in locked):
                 return "locked huge pages shared by fork"
+            # When those merge, so that the huge page splits, decides over what else is in it.
+            if shared and (leaving or beyond) and any(m.frame.compound for m in g):
+                return "locked pages shared by fork, with copies in huge pages"
         return ""
+
+    # -- against the simulator -------------------------------------------------------------------
+
+    def simulated(self, limit: int, *, use_zero_pages: bool) -> list[Figure]:
+        """What is predicted, the simulator in the kernel's place."""
+        self.advise()
+        truth = self.layout.truth(limit, use_zero_pages=use_zero_pages, order=self.order)
+        rules = Rules(limit, use_zero_pages, order_known=True)
+        found = prediction(self.layout.candidates(self.order), rules)
+        return figures(
+            found,
+            truth,
+            self.order,
+            [getattr(truth, n) for n in FIELDS],
+            [getattr(truth.processes[p], n) for p in self.order for n in PROCESS_FIELDS],
+        )
+
+
+def figures(
+    found: Prediction, truth: Counts, order: list[int], whole: list[int], by_process: list[int]
+) -> list[Figure]:
+    """All figures, those counted given in the order of `FIELDS` and of `PROCESS_FIELDS`."""
+    rows = [
+        Figure(name, n, getattr(found, name), found.bounds.get(name), getattr(truth, name))
+        for name, n in zip(FIELDS, whole, strict=True)
+    ]
+    rest = iter(by_process)
+    for p, process in zip(order, found.processes, strict=True):
+        rows += [
+            Figure(
+                f"{name} of process {p}",
+                next(rest),
+                getattr(process, name),
+                process.bounds.get(name),
+                getattr(truth.processes[p], name),
+            )
+            for name in PROCESS_FIELDS
+        ]
+    return rows
+
+
+class Twin(Paper):
+    """Processes with one mapping each; what is done to one is done to its layout.
+
+    The first ones are separate processes, forks come after them. All memory becomes mergeable
+    in the order of `order`, while ksmd rests at the head of its list: so it comes by in that order.
+    """
+
+    def __init__(self, stack: ExitStack, processes: int, huge_blocks: int = 16) -> None:
+        super().__init__(processes, sight().huge_bytes // PAGE or 512)
+        self.room = huge_blocks * self.huge_pages
+        self.targets: list[Target] = []
+        self.way: list[tuple[int, ...]] = []
+        self.pids: list[int] = []
+        self.starts: list[int] = []
+        for _ in range(processes):
+            target = stack.enter_context(Target())
+            start = target.do("map", name="a", pages=self.room, align=self.huge_pages * PAGE)
+            target.do("advise", name="a", what="nohugepage")
+            self._add(target, (), target.pid, start)
+
+    def _add(self, target: Target, way: tuple[int, ...], pid: int, start: int) -> None:
+        self.targets.append(target)
+        self.way.append(way)
+        self.pids.append(pid)
+        self.starts.append(start)
+
+    def do(self, p: int, verb: str, **words: object) -> object:
+        """Give a command to process p, about its mapping."""
+        return self.targets[p].do(verb, child=self.way[p], name="a", **words)
+
+    # -- laying out ------------------------------------------------------------------------------
+
+    def fork(self, p: int) -> None:
+        """Fork the process too."""
+        super().fork(p)
+        pid = self.targets[p].do("fork", child=self.way[p])
+        before = sum(
+            t is self.targets[p] and w[:-1] == self.way[p] and bool(w)
+            for t, w in zip(self.targets, self.way, strict=True)
+        )
+        self._add(self.targets[p], (*self.way[p], before), pid, self.starts[p])
+
+    def rewrite_volatile(self) -> None:
+        """Write the pages that are rewritten all the time."""
+        for p, mappings in enumerate(self.layout.processes):
+            for m in mappings:
+                if m.volatile:
+                    self.do(p, "put", at=m.address, what=["unique"])
+
+    # -- ksmd ------------------------------------------------------------------------------------
+
+    def converge(self, ksm: KsmControl) -> list[int]:
+        """Scan after scan until nothing changes, volatile pages written in between."""
+        last: list[int] = []
+        still = 0
+        ksm.start()
+        try:
+            for _ in range(MOST_SCANS):
+                self.rewrite_volatile()
+                ksm.step()
+                now = self.counted(ksm)
+                still = still + 1 if now == last else 0
+                if still == STILL_SCANS:
+                    return now
+                last = now
+        finally:
+            ksm.stop()
+        raise AssertionError(f"ksmd does not come to rest: {self.counted(ksm)}")
+
+    def merge_now(self, ksm: KsmControl) -> None:
+        """Let ksmd merge what is there; what comes later finds it merged."""
+        self.advise()
+        self.converge(ksm)
+        tunables = ksm.ksm.tunables()
+        self.merge(
+            int(tunables["max_page_sharing"]), use_zero_pages=bool(tunables["use_zero_pages"])
+        )
 
     # -- counting --------------------------------------------------------------------------------
 
@@ -263,8 +337,14 @@ class Twin:
     def predict(self) -> Prediction:
         """Look twice, as `dedup scan` does, the order known."""
 
+        looked = False
+
         def between(what: str, done: int, total: int) -> None:
-            if what == "waiting" and not done:
+            # At the end of the first look: a wait for the second there may be none, where the
+            # first took longer than the interval.
+            nonlocal looked
+            if what == "processes" and done == total and not looked:
+                looked = True
                 self.rewrite_volatile()
 
         options = Options(scope="advised", progress=between)
@@ -287,30 +367,7 @@ class Twin:
         found = self.predict()
         frames_before, huge_before = self.frames(), self.huge_frames()
         truth = self.simulate(ksm)
-        figures = self.converge(ksm)
-        counted = dict(zip(FIELDS, figures, strict=False))
-        counted["frames_freed"] = len(frames_before) - len(self.frames())
-        counted["thp_split"] = len(huge_before) - len(self.huge_frames())
-        rows = [
-            Figure(
-                name,
-                counted[name],
-                getattr(found, name),
-                found.bounds.get(name),
-                getattr(truth, name),
-            )
-            for name in FIELDS
-        ]
-        rest = iter(figures[8:])
-        for p, process in zip(self.order, found.processes, strict=True):
-            rows += [
-                Figure(
-                    f"{name} of process {p}",
-                    next(rest),
-                    getattr(process, name),
-                    process.bounds.get(name),
-                    getattr(truth.processes[p], name),
-                )
-                for name in PROCESS_FIELDS
-            ]
-        return rows
+        counted = self.converge(ksm)
+        freed = len(frames_before) - len(self.frames())
+        split = len(huge_before) - len(self.huge_frames())
+        return figures(found, truth, self.order, [*counted[:8], freed, split], counted[8:])
