@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import platform
+import stat
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -14,6 +15,7 @@ from dedup.kernel import ksmd
 from dedup.model.cost import Calibration, Machine
 
 PATH: Final = Path("/var/lib/dedup/calibration.json")
+MOST_BYTES: Final = 1 << 16
 MODE: Final = 0o644
 """Every user's prices come from it."""
 
@@ -41,12 +43,12 @@ def load(path: Path = PATH, here: Machine | None = None) -> Stored:
         What it must have been taken on.
     """
     try:
-        calibration = Calibration.from_json(json.loads(path.read_bytes()))
+        calibration = Calibration.from_json(json.loads(_read(path)))
     except FileNotFoundError:
         return Stored(None, "")
     except OSError as e:
         return Stored(None, f"{path} can't be read: {e.strerror}")
-    except ValueError as e:
+    except (ValueError, RecursionError, OverflowError) as e:
         return Stored(None, f"{path} is no calibration that this version can read: {e}")
     here = here or machine()
     taken = calibration.machine
@@ -58,6 +60,19 @@ def load(path: Path = PATH, here: Machine | None = None) -> Stored:
         if then != now:
             return Stored(None, f"{path} was taken with another {what} ({then}, here {now})")
     return Stored(calibration, "")
+
+
+def _read(path: Path) -> bytes:
+    """The file, if it is one and of a size that a calibration has."""
+    # Not to wait for the other end, where it is a pipe.
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with open(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise ValueError("it is no regular file")
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise ValueError("it is too long")
+    return data
 
 
 def save(calibration: Calibration, path: Path = PATH) -> None:

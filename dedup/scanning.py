@@ -37,6 +37,7 @@ ENOUGH: Final = 0.95
 """A look this near to the steady state's time is as good as one at it."""
 PROPOSED_PAGES_TO_SCAN: Final = (1000, 5000, 20_000)
 """Batches whose price is told besides that of the present one."""
+DEFAULT_PAGES_TO_SCAN: Final = 100
 ASSUMABLE: Final = {
     "max_page_sharing": (2, (1 << 31) - 1),
     "use_zero_pages": (0, 1),
@@ -270,6 +271,8 @@ class _Looking:
             pages = self._kept_apart(pages)
             drifts = self._drifts(pages)
         prediction = self._steady(pages) if extrapolated else self.predictions[-1]
+        if self.source.lost_any and not self._reached():
+            prediction = steady.at_the_most(prediction, self._share_kept(pages), pages.page_size)
         if drifts:
             prediction = steady.seen([*self.alone, *self.predictions])
         load = self._load(pages, prediction)
@@ -298,7 +301,7 @@ class _Looking:
             proposals=self._proposals(load),
             why_uncalibrated=self.calibrated.why,
             assumed=dict(self.plan.assumed),
-            smart_scan=self._smart(pages, prediction),
+            smart_scan=self._smart(pages, prediction, drifts=bool(drifts)),
         )
 
     def _look_on(self, pages: Pages) -> bool:
@@ -324,9 +327,20 @@ class _Looking:
         third = max(looks.at[-1], steady.THIRD_LOOK * distance)
         self._look_after(self.began[0] + min(third, max(self._steady_seconds(), looks.at[-1])))
         self._predict(pages)
-        near = self.began[2] - self.began[0] >= self._steady_seconds() * ENOUGH
         # With a process the less, what the first look said is of other memory.
-        return not near and not self.source.lost_any
+        return not self._reached() and not self.source.lost_any
+
+    def _reached(self) -> bool:
+        """Whether the last look was late enough to show the steady state, or as was asked for."""
+        asked = self.plan.passes is not None or self.plan.interval_seconds is not None
+        return asked or self.began[-1] - self.began[0] >= self._steady_seconds() * ENOUGH
+
+    def _share_kept(self, pages: Pages) -> float:
+        """Pages that keep their content until the steady state, at the least, of those here."""
+        present = int(np.count_nonzero(pages.present))
+        changed = int(np.count_nonzero(pages.present & ((pages.frames & Flag.VOLATILE) != 0)))
+        times = self._steady_seconds() / (self.began[-1] - self.began[0])
+        return float((1 - changed / present) ** (times - 1)) if present else 1.0
 
     def _steady_seconds(self) -> float:
         return max(steady.INTERVAL_LEAST_SECONDS, steady.STEADY_FACTOR * self.full_scan)
@@ -353,7 +367,12 @@ class _Looking:
         if seen is not None:
             return seen
         # Predictions are for smart scan off.
-        return self._price(self._load(self._pages, prediction), smart_scan=0).full_scan_seconds
+        load = self._load(self._pages, prediction)
+        price = self._price(load, smart_scan=0)
+        # A ksmd that scans nothing has no time of its own: that of the kernel's default.
+        price = price or self._price(load, smart_scan=0, pages_to_scan=DEFAULT_PAGES_TO_SCAN)
+        assert price is not None
+        return price.full_scan_seconds
 
     @property
     def _pages(self) -> Pages:
@@ -369,24 +388,34 @@ class _Looking:
     @staticmethod
     def _kept_apart(pages: Pages) -> Pages:
         """A view of the pages that later looks leave as it is, but for the arrays in place."""
-        return replace(pages, regions=list(pages.regions), processes=list(pages.processes))
+        return replace(
+            pages,
+            regions=list(pages.regions),
+            processes=list(pages.processes),
+            skipped=list(pages.skipped),
+        )
 
     def _load(self, pages: Pages, prediction: Prediction) -> cost.Load:
         """What ksmd has to do."""
         ours = sum(p.ksm_rmap_items for p in pages.processes)
         return cost.load_of(pages, self.groups, prediction, self._others(ours))
 
-    def _price(self, load: cost.Load, **other: int) -> Cost:
-        """What it costs, with other tunables than the assumed ones, too."""
+    def _price(self, load: cost.Load, **other: int) -> Cost | None:
+        """What it costs, with other tunables than the assumed ones, too.
+
+        None where ksmd scans nothing (`pages_to_scan` 0).
+        """
         settings = cost.Settings.of({**self._assumed(), **other}, ksmd.tick_seconds())
+        if not settings.pages_to_scan:
+            return None
         return cost.price(load, settings, self.calibrated.calibration)
 
     def _proposals(self, load: cost.Load) -> list[Proposal]:
         present = int(self._assumed().get("pages_to_scan", 0))
         return [
-            Proposal({"pages_to_scan": n}, self._price(load, pages_to_scan=n))
+            Proposal({"pages_to_scan": n}, price)
             for n in PROPOSED_PAGES_TO_SCAN
-            if n > present
+            if n > present and (price := self._price(load, pages_to_scan=n)) is not None
         ]
 
     def _snapshot(self, pages: Pages) -> Prediction:
@@ -425,6 +454,8 @@ class _Looking:
             if more:
                 wait_until(time.monotonic() + interval, self.plan.options.progress)
                 self.source.look_again()
+            if self.source.lost_any:
+                return False
             self.alone.append(self._snapshot(self._pages))
             moved = steady.merged(self.alone[-1]) - before
             if not steady.drifting(before, before + moved, changed) or moved * side < 0:
@@ -444,20 +475,21 @@ class _Looking:
             pages.page_size,
         )
 
-    def _smart(self, pages: Pages, prediction: Prediction) -> SmartScan | None:
+    def _smart(self, pages: Pages, prediction: Prediction, *, drifts: bool) -> SmartScan | None:
         if self.tunables and "smart_scan" not in self.tunables:
             return None
         threads = self.source.tally.threads
         found = smart.forecast(
             pages, self.groups, self.rules, prediction, lambda p: grouping.group(p, threads)
         )
-        if not self.alone or self.source.lost_any:
+        if not self.alone or self.source.lost_any or drifts:
             return found
         # Unmerged, a page is visited every ninth scan: it has to last for so much longer.
         at_once = steady.merged(self.alone[0])
         last = steady.merged(self.predictions[-1])
         times = max(1.0, smart.PERIOD * self._steady_seconds() / self.began[-1])
-        return smart.slowed(found, (last / at_once) ** times if at_once else 1.0, pages.page_size)
+        kept = min(1.0, last / at_once) if at_once else 1.0
+        return smart.slowed(found, kept**times, pages.page_size)
 
     def _overstated(self, prediction: Prediction) -> int:
         lost = steady.overstated(

@@ -102,3 +102,18 @@ def test_without_a_right_to_write(tmp_path: Path, here: Calibration) -> None:
         where, expected = Path("/calibration.json"), NotPermitted
     with pytest.raises((expected, NotPermitted)):
         calibration.save(here, where)
+
+
+@pytest.mark.parametrize("data", ["[" * 60_000, "x" * 70_000])
+def test_a_file_that_is_none(tmp_path: Path, data: str) -> None:
+    path = tmp_path / "calibration.json"
+    path.write_text(data)
+    found = calibration.load(path)
+    assert found.calibration is None
+    assert found.why
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "calibration.json"
+    os.mkfifo(path)
+    assert "no regular file" in calibration.load(path).why

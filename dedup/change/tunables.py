@@ -41,6 +41,18 @@ def others_at_the_knobs(proc: Path = Path("/proc"), root: Path = ROOT) -> list[s
     return found
 
 
+def changed_for_now(state: Path = STATE) -> list[str]:
+    """What another run of ours has changed and will put back: a sentence, or nothing."""
+    try:
+        entries = planned_restore(state)
+    except (NotPermitted, OutputFailed):
+        return []  # the journal is root's
+    names = ", ".join(dict.fromkeys(Path(e.path).name for e in entries))
+    if not names:
+        return []
+    return [f"another run of dedup has changed {names} for the moment: figures are for that"]
+
+
 def read_setting(path: str) -> str:
     """Present value of a setting in /sys or /proc/sys, as it would be written."""
     file = Path(path)

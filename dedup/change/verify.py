@@ -33,17 +33,18 @@ class Comparison:
         out = {}
         for name, value in self.actual.items():
             predicted = self.predicted[name]
-            if predicted is not None:
-                out[name] = value - predicted
-            elif name in self.bounds:
+            # An estimate has both.
+            if name in self.bounds:
                 low, high = self.bounds[name]
                 out[name] = min(0, value - low) or max(0, value - high)
+            elif predicted is not None:
+                out[name] = value - predicted
         return out
 
     @property
     def exact(self) -> bool:
         """Whether every figure was predicted as one number."""
-        return None not in self.predicted.values()
+        return None not in self.predicted.values() and not self.bounds
 
     def holds(self, tolerance_pages: int = 0, page_size: int = 4096) -> bool:
         """Whether all figures agree within a number of pages."""

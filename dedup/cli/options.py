@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import shlex
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -43,6 +43,10 @@ class Seconds(click.ParamType):  # type: ignore[type-arg,unused-ignore] # generi
         return seconds
 
 
+DIGITS: Final = 10
+"""Of the largest tunable."""
+
+
 class Tunable(click.ParamType):  # type: ignore[type-arg,unused-ignore] # generic since 8.5
     """NAME=VALUE of a tunable of KSM that decides what merges, when, or at what price."""
 
@@ -60,7 +64,12 @@ class Tunable(click.ParamType):  # type: ignore[type-arg,unused-ignore] # generi
         if name not in ASSUMABLE:
             self.fail(f"{name!r} is none of {', '.join(ASSUMABLE)}", param, ctx)
         low, high = ASSUMABLE[name]
-        if not (number.isascii() and number.isdigit() and low <= int(number) <= high):
+        if not (
+            number.isascii()
+            and number.isdigit()
+            and len(number) <= DIGITS
+            and low <= int(number) <= high
+        ):
             self.fail(f"{name} takes a whole number from {low} to {high}", param, ctx)
         return name, int(number)
 

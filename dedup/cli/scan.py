@@ -87,7 +87,7 @@ def command(
     off. Your own processes need no root; root sees frame numbers, which makes all figures exact.
     """
     from dedup import scanning
-    from dedup.change.tunables import others_at_the_knobs
+    from dedup.change.tunables import changed_for_now, others_at_the_knobs
     from dedup.report import jsonout, text
     from dedup.sources.live import Options
 
@@ -116,7 +116,8 @@ def command(
             top=text.TOP_CONTENTS if top is None else top,
         )
         output.show(*view.result())
-        output.advise(*(f"Warning: {other}" for other in others_at_the_knobs()), *view.advice())
+        warnings = [*others_at_the_knobs(), *changed_for_now()]
+        output.advise(*(f"Warning: {other}" for other in warnings), *view.advice())
     if scan.complete:
         return 0
     output.note(f"dedup: done in part: {text.partial(scan)}")

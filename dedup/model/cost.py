@@ -45,6 +45,9 @@ OBSERVED_MERGES: Final = 3.0
 TIME_RANGE: Final = 0.15
 """Of times on both sides, for late wake-ups, besides what the CPU's range does to them."""
 
+COST_MOST_NS: Final = 1e9
+"""No visit takes a second."""
+
 TREE_PAGES: Final = 1024
 """Unique pages in a scan for which `Costs.tree_ns` stands."""
 _TREE_LOG2: Final = 10
@@ -169,8 +172,8 @@ class Calibration:
                 raise ValueError(f"it is of version {data['version']}, not {VERSION}")
             costs = Costs(**{f.name: float(data["costs"][f.name]) for f in fields(Costs)})
             numbers = [*asdict(costs).values(), float(data["spread"]), float(data["waiting"])]
-            if not all(0 <= v < math.inf for v in numbers):
-                raise ValueError("a figure is below 0")
+            if not all(0 <= v < COST_MOST_NS for v in numbers):
+                raise ValueError("a figure is out of range")
             machine = data["machine"]
             return cls(
                 costs=costs,

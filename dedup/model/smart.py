@@ -211,6 +211,8 @@ def _together(low: Prediction, high: Prediction) -> tuple[int, int] | None:
     """Unshared and volatile as one, where each prediction has one number for both."""
     sums = []
     for p in (low, high):
+        if "pages_unshared" in p.bounds or "pages_volatile" in p.bounds:
+            return None
         if p.pages_unshared is None or p.pages_volatile is None:
             return None
         sums.append(p.pages_unshared + p.pages_volatile)
@@ -218,5 +220,5 @@ def _together(low: Prediction, high: Prediction) -> tuple[int, int] | None:
 
 
 def _between(low: Prediction, high: Prediction, name: str) -> tuple[int, int]:
-    spans = [steady.span(p, name) for p in (low, high)]
+    spans = [steady.reach(p, name) for p in (low, high)]
     return min(s[0] for s in spans), max(s[1] for s in spans)

@@ -12,7 +12,14 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from dedup.model.merge import FIELDS, PROCESS_FIELDS, RMAP_ITEM_BYTES, Prediction, ProcessPrediction
+from dedup.model.merge import (
+    FIELDS,
+    PROCESS_FIELDS,
+    RMAP_ITEM_BYTES,
+    Breakdown,
+    Prediction,
+    ProcessPrediction,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -143,6 +150,35 @@ def merged(prediction: Prediction) -> float:
     return (sum(span(prediction, "pages_sharing")) + sum(span(prediction, "ksm_zero_pages"))) / 2
 
 
+def at_the_most(last: Prediction, kept: float, page_size: int) -> Prediction:
+    """What the last look said as the highest, for a steady state that lies beyond it.
+
+    Parameters
+    ----------
+    last : Prediction
+    kept : float
+        Share of the pages that keep their content until then, at the least.
+    page_size : int
+    """
+    if kept >= 1:
+        return last
+    found: dict[str, tuple[int, int]] = {}
+    for name in ("pages_shared", "pages_sharing", "ksm_zero_pages", "frames_freed"):
+        low, high = reach(last, name)
+        found[name] = (math.floor(low * kept) if low > 0 else low, high)
+    for name, unit in (("general_profit", "pages_sharing"), ("saved_bytes", "frames_freed")):
+        low, high = reach(last, name)
+        lost = reach(last, unit)[0] - found[unit][0]
+        found[name] = (low - lost * page_size, high)
+    lost = sum(reach(last, n)[0] - found[n][0] for n in ("pages_shared", "pages_sharing"))
+    for name in ("pages_unshared", "pages_volatile"):
+        low, high = reach(last, name)
+        found[name] = (low, high + lost)
+    values: dict[str, Any] = {n: None if s[0] != s[1] else s[0] for n, s in found.items()}
+    bounds = {n: s for n, s in found.items() if s[0] != s[1]}
+    return replace(last, **values, bounds={**last.bounds, **bounds})
+
+
 def seen(predictions: Sequence[Prediction]) -> Prediction:
     """What several looks said, as ranges: for memory that has no steady state.
 
@@ -254,9 +290,16 @@ def extrapolate(
         value, low, high = (_money(last, name, unit, n, page_size) for n in found[unit])
         found[name] = value, low, high
     values: dict[str, Any] = _values(last, found)
+    before = sum(span(last, "frames_freed"))
+    share = 2 * found["frames_freed"][0] / before if before > 0 else 1.0
     return replace(
         last,
         **values,
+        breakdown=Breakdown(
+            round(last.breakdown.zero_pages * share),
+            round(last.breakdown.within_processes * share),
+            round(last.breakdown.across_processes * share),
+        ),
         bounds=_bounds(found),
         processes=[_process(three, i, page_size) for i in range(len(last.processes))],
     )
@@ -303,6 +346,11 @@ def span(p: Prediction | ProcessPrediction, name: str) -> tuple[int, int]:
     """A field from lowest to highest; 0 where it is unknown."""
     value = getattr(p, name)
     return (value, value) if value is not None else p.bounds.get(name, (0, 0))
+
+
+def reach(p: Prediction | ProcessPrediction, name: str) -> tuple[int, int]:
+    """A field from lowest to highest, also where it has an estimate; 0 where it is unknown."""
+    return p.bounds[name] if name in p.bounds else span(p, name)
 
 
 def _is_known(p: Prediction | ProcessPrediction, name: str) -> bool:

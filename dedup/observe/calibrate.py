@@ -458,7 +458,7 @@ def _observe(ksm: Ksm, ksmd: Ksmd, progress: Progress | None) -> Calibration:
         for earlier, later in itertools.pairwise(marks)
         if later[0] > earlier[0]
     ]
-    spread = statistics.pstdev(windows) / mean
+    spread = statistics.pstdev(windows) / mean if mean else 0.0
     costs = Costs(
         first_ns=mean, tree_ns=mean, tree_log2_ns=0, stable_log2_ns=0, merged_ns=mean,
         merged_node_ns=0, node_ns=0, join_ns=0, zero_ns=mean, skip_ns=0, batch_ns=0, cold_ns=0,

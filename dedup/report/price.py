@@ -50,9 +50,8 @@ def scan_cost_object(scan: Scan) -> dict[str, Any] | None:
 
 
 def _between(cost: Cost, name: str) -> str:
-    value = getattr(cost, name)
-    bounds = cost.bounds.get(name)
-    return duration(value) + (f" ({' to '.join(map(duration, bounds))})" if bounds else "")
+    bounds = cost.bounds.get(name, (getattr(cost, name),) * 2)
+    return " to ".join(dict.fromkeys(map(duration, bounds)))
 
 
 def rows(scan: Scan) -> list[tuple[str, str, str, str]]:

@@ -337,8 +337,10 @@ class View:
     def _price(self) -> list[RenderableType]:
         """What it costs, at the present pace and at others."""
         found = price.rows(self.scan)
+        if not found:
+            return [Text("pages_to_scan is 0: ksmd scans nothing, at no price", "bold")]
         calibrated = any(cpu for _, _, cpu, _ in found)
-        columns = [Column("PAGES A BATCH", 3), Column("CONVERGED IN", 9, right=False)]
+        columns = [Column("PAGES A BATCH", 9), Column("CONVERGED IN", 9, right=False)]
         if calibrated:
             columns += [Column("CPU UNTIL THEN", 2, right=False), Column("CORE LATER", 1)]
         else:
@@ -346,7 +348,7 @@ class View:
         shown = [list(row[: len(columns)]) for row in found]
         sleep = {**self.scan.tunables, **self.scan.assumed}.get("sleep_millisecs", 20)
         title = f"ksmd's price, from scratch, with sleeps of {sleep} ms"
-        return [Text(title, "bold"), self._table(columns, shown, flexible=1)]
+        return [Text(title, "bold"), self._table(columns, shown, flexible=0)]
 
     # -- tables --------------------------------------------------------------------------------
 
@@ -615,6 +617,8 @@ class View:
                 "Frame numbers are hidden from you: pages that processes share since a fork can't "
                 f"be told from copies. {again} makes every figure exact."
             )
+        elif scan.extrapolated or scan.drifting:
+            words.append("Where the pages go, and the contents, are told by the last look.")
         elif any(p.bounds for p in scan.prediction.processes) or scan.prediction.bounds:
             words.append(
                 "Ranges: the order in which ksmd comes by the processes decides, and can't be seen."

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from dedup.kernel.pagemap import Sight
     from dedup.kernel.processes import Handle
-    from dedup.pages import I64, Groups
+    from dedup.pages import I64, U64, Bool, Groups
 
 Scope = Literal["compatible", "advised"]
 
@@ -442,8 +442,11 @@ def mark_outside(pages: Pages, groups: Groups, sight: Sight) -> None:
     if not sight.kpagecount:
         return
     word = pages.frames[groups.order]
+    mask = (word & Flag.EXCLUSIVE) == 0
     # In a huge page mapped as one, the mark is that of its first page.
-    mask = ((word & Flag.EXCLUSIVE) == 0) | ((word & Flag.THP) != 0)
+    huge = ~mask & ((word & Flag.THP) != 0)
+    if huge.any():
+        mask[huge] = _shared_in_part(word[huge], pages.huge_pages)
     mask &= (word & (Flag.KSM | Flag.HIDDEN)) == 0
     index = groups.order[mask]
     frames, which, seen = np.unique(
@@ -451,6 +454,19 @@ def mark_outside(pages: Pages, groups: Groups, sight: Sight) -> None:
     )
     outside = pagemap.mappings_of(frames) > seen
     pages.frames[index[outside[which]]] |= Flag.OUTSIDE
+
+
+def _shared_in_part(word: U64, huge_pages: int) -> Bool:
+    """Which of these pages are in huge pages that others may map too, told by three of each.
+
+    A process that shared one by fork and wrote to its first page has left the others shared.
+    """
+    folio = (word & FRAME_MASK).astype(np.int64) // huge_pages
+    folios, which = np.unique(folio, return_inverse=True)
+    shared = np.zeros(len(folios), bool)
+    for at in (0, huge_pages // 2 - 1, huge_pages - 1):
+        shared |= pagemap.mappings_of(folios * huge_pages + at) > 1
+    return np.asarray(shared[which])
 
 
 def wait_until(moment: float, progress: Callable[[str, int, int], None] | None = None) -> None:

@@ -133,3 +133,20 @@ def test_how_far_the_counter_is_ahead() -> None:
     assert steady.overstated(1000, 1000 * math.exp(-0.01), 1.0, 2.0) == pytest.approx(9.9, abs=0.1)
     assert steady.overstated(1000, 1000, 1.0, 2.0) == 0
     assert steady.overstated(0, 0, 1.0, 2.0) == 0
+
+
+def test_a_process_that_ended_leaves_a_range() -> None:
+    last = prediction(copies(volatile=20), Rules())
+    found = steady.at_the_most(last, 0.5, PAGE)
+    assert found.pages_sharing is None
+    assert found.bounds["pages_sharing"] == (40, 80)
+    assert found.bounds["pages_volatile"] == (40, 120)
+    assert steady.at_the_most(last, 1.0, PAGE) == last
+
+
+def test_an_extrapolated_breakdown_adds_up() -> None:
+    first, second, third = (prediction(copies(volatile=v), Rules()) for v in (0, 10, 20))
+    found = steady.extrapolate((first, second, third), 3.0, 30.0, PAGE)
+    parts = found.breakdown
+    total = parts.zero_pages + parts.within_processes + parts.across_processes
+    assert found.frames_freed == pytest.approx(total, abs=2)
