@@ -14,6 +14,7 @@ setup(
             Extension(
                 "dedup._core",
                 ["dedup/_core.pyx"],
+                depends=["dedup/ptrace.h"],
                 extra_compile_args=["-O1", "-g"] if debug else ["-O3", "-fno-strict-aliasing"],
                 define_macros=[("_GNU_SOURCE", "1")],
             )

@@ -28,6 +28,23 @@ LOOK_ZERO: Final[int]
 LOOK_CONSTANT: Final[int]
 LOOK_TEXT: Final[int]
 LOOK_BINARY: Final[int]
+INJECT_ARCHITECTURE: Final[bool]
+INJECT_DONE: Final[int]
+INJECT_NOT_STOPPED: Final[int]
+INJECT_GONE: Final[int]
+INJECT_NOT_SEIZED: Final[int]
+INJECT_FOREIGN: Final[int]
+INJECT_IN_RSEQ: Final[int]
+INJECT_NO_GADGET: Final[int]
+INJECT_NO_ROOM: Final[int]
+INJECT_DISPATCHED: Final[int]
+INJECT_FAULT: Final[int]
+INJECT_LEFT: Final[int]
+INJECT_STUCK: Final[int]
+INJECT_FAILED: Final[int]
+INJECT_MAIN_STACK: Final[int]
+INJECT_THREAD_STACK: Final[int]
+INJECT_SUSPEND_SECCOMP: Final[int]
 
 class Job:
     def __init__(
@@ -94,3 +111,19 @@ def address_of(data: Buffer) -> int: ...
 def madvise(start: int, length: int, advice: int) -> None: ...
 def kcmp_vm(pid: int, other: int) -> int: ...
 def prctl_memory_merge(on: int) -> None: ...
+def inject(
+    pid: int,
+    tid: int,
+    dir_fd: int,
+    mem_fd: int,
+    options: int,
+    gadget: int,
+    restorer: int,
+    allow_plain: bool,
+    stacks: U64,
+    calls: I64,
+    results: I64,
+    stop_seconds: float,
+    call_seconds: float,
+    budget_seconds: float,
+) -> tuple[int, int, int, bool, int, float, float]: ...

@@ -6,7 +6,7 @@ in Python. A page's bytes live in a thread's buffer for as long as it takes to h
 """
 
 from libc.errno cimport EINTR, errno
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t, uintptr_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcmp, memset
 
@@ -115,3 +115,4 @@ include "hash.pxi"
 include "scan.pxi"
 include "group.pxi"
 include "shims.pxi"
+include "ptrace.pxi"

@@ -98,6 +98,20 @@ class Busy(DedupError):
     exit_status = 9
 
 
+class NotStopped(Busy):
+    """A process is in a wait that nothing interrupts, so that no call can be put into it."""
+
+    code = "not-stopped"
+    default_hint = "see its state with `ps -o pid,stat,wchan:32 -p PID`, and run it again later"
+
+
+class Refused(DedupError):
+    """It could be tried, but might harm the process: refused by policy."""
+
+    code = "refused"
+    exit_status = 8
+
+
 class OutputFailed(DedupError):
     """Reading or writing of a file of ours failed."""
 
