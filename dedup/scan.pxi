@@ -31,10 +31,12 @@ FLAGS = {
 RANGE_HUGE = 1       # PMD-mapped huge pages throughout
 RANGE_KSM = 2        # may hold KSM pages: look at kpageflags, else no fast path
 RANGE_LOCKED = 4
+RANGE_SHARED = 8     # the exclusive mark of its pages says nothing: see live._add_ranges
 cdef enum:
     R_HUGE = 1
     R_KSM = 2
     R_LOCKED = 4
+    R_SHARED = 8
 
 # Flags of a target given to a Job.
 TARGET_FAST = 1      # process_vm_readv allowed over exclusive pages that are no KSM page
@@ -406,7 +408,7 @@ cdef class Job:
                     continue
                 else:
                     word = pfn
-                if e & PM_EXCLUSIVE:
+                if e & PM_EXCLUSIVE and not range_flags & R_SHARED:
                     word |= EXCLUSIVE
                 if range_flags & R_LOCKED:
                     word |= LOCKED

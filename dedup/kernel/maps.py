@@ -29,6 +29,8 @@ class Mapping:
     swap_bytes: int
     resident_bytes: int
     """All that is mapped, pages of files and hugetlb included; not the shared zero page."""
+    shared_bytes: int
+    """Pages that others map too, of files or since a fork."""
     ksm_bytes: int | None
     """Bytes of KSM pages mapped, None where the kernel does not tell (before Linux 6.6)."""
 
@@ -44,6 +46,7 @@ _ANONYMOUS: Final = re.compile(rb"^Anonymous: +(\d+)", re.MULTILINE)
 _KSM: Final = re.compile(rb"^KSM: +(\d+)", re.MULTILINE)
 _HUGE: Final = re.compile(rb"^AnonHugePages: +(\d+)", re.MULTILINE)
 _RESIDENT: Final = re.compile(rb"^(?:Rss|Shared_Hugetlb|Private_Hugetlb): +(\d+)", re.MULTILINE)
+_SHARED: Final = re.compile(rb"^Shared_(?:Clean|Dirty): +(\d+)", re.MULTILINE)
 _SWAP: Final = re.compile(rb"^Swap: +(\d+)", re.MULTILINE)
 
 
@@ -81,6 +84,7 @@ def parse(text: bytes) -> list[Mapping]:
                 anon_huge_bytes=_kilobytes(_HUGE, fields) or 0,
                 swap_bytes=_kilobytes(_SWAP, fields) or 0,
                 resident_bytes=sum(map(int, _RESIDENT.findall(fields))) * 1024,
+                shared_bytes=sum(map(int, _SHARED.findall(fields))) * 1024,
                 ksm_bytes=_kilobytes(_KSM, fields),
             )
         )

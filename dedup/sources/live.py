@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from dedup.kernel.pagemap import Sight
     from dedup.kernel.processes import Handle
-    from dedup.pages import I64, U64, Bool, Groups
+    from dedup.pages import I64, Groups
 
 Scope = Literal["compatible", "advised"]
 
@@ -388,11 +388,17 @@ class LiveSource:
             except OSError as e:
                 raise self._scan_error(e, target.handle) from e
             huge = (ranges[:, 2] & _core.PAGE_IS_HUGE) != 0
+            # Of a huge page mapped as one, each page has the exclusive mark of the first. Where
+            # a relative wrote to that one alone, the others are shared all the same, and would
+            # be unshared by process_vm_readv.
+            huge_flags = flags | _core.RANGE_HUGE | (_core.RANGE_SHARED if m.shared_bytes else 0)
             target.starts += ranges[:, 0].tolist()
             target.ends += ranges[:, 1].tolist()
-            target.flags += np.where(huge, flags | _core.RANGE_HUGE, flags).tolist()
+            target.flags += np.where(huge, huge_flags, flags).tolist()
             target.regions += [index] * len(ranges)
             return int((ranges[:, 1] - ranges[:, 0]).sum()) // self.sight.page_size
+        if m.anon_huge_bytes and m.shared_bytes:
+            flags |= _core.RANGE_SHARED
         target.starts.append(region.start)
         target.ends.append(region.end)
         target.flags.append(flags)
@@ -442,31 +448,13 @@ def mark_outside(pages: Pages, groups: Groups, sight: Sight) -> None:
     if not sight.kpagecount:
         return
     word = pages.frames[groups.order]
-    mask = (word & Flag.EXCLUSIVE) == 0
-    # In a huge page mapped as one, the mark is that of its first page.
-    huge = ~mask & ((word & Flag.THP) != 0)
-    if huge.any():
-        mask[huge] = _shared_in_part(word[huge], pages.huge_pages)
-    mask &= (word & (Flag.KSM | Flag.HIDDEN)) == 0
+    mask = ((word & Flag.EXCLUSIVE) == 0) & ((word & (Flag.KSM | Flag.HIDDEN)) == 0)
     index = groups.order[mask]
     frames, which, seen = np.unique(
         (word[mask] & FRAME_MASK).astype(np.int64), return_inverse=True, return_counts=True
     )
     outside = pagemap.mappings_of(frames) > seen
     pages.frames[index[outside[which]]] |= Flag.OUTSIDE
-
-
-def _shared_in_part(word: U64, huge_pages: int) -> Bool:
-    """Which of these pages are in huge pages that others may map too, told by three of each.
-
-    A process that shared one by fork and wrote to its first page has left the others shared.
-    """
-    folio = (word & FRAME_MASK).astype(np.int64) // huge_pages
-    folios, which = np.unique(folio, return_inverse=True)
-    shared = np.zeros(len(folios), bool)
-    for at in (0, huge_pages // 2 - 1, huge_pages - 1):
-        shared |= pagemap.mappings_of(folios * huge_pages + at) > 1
-    return np.asarray(shared[which])
 
 
 def wait_until(moment: float, progress: Callable[[str, int, int], None] | None = None) -> None:

@@ -8,6 +8,7 @@ import itertools
 import mmap
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,7 +141,7 @@ def test_two_thousand_injections() -> None:
 
 
 @pytest.mark.ksm
-@pytest.mark.redis
+@pytest.mark.skipif(shutil.which("redis-server") is None, reason="redis-server is not installed")
 def test_redis_servers_serve_on() -> None:
     done = subprocess.run(
         [sys.executable, BENCHMARK, "--times", "5"], capture_output=True, text=True, timeout=120

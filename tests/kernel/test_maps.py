@@ -88,6 +88,7 @@ def mappings(draw: st.DrawFn) -> maps.Mapping:
         anon_huge_bytes=draw(SIZES),
         swap_bytes=draw(SIZES),
         resident_bytes=draw(SIZES),
+        shared_bytes=draw(SIZES),
         ksm_bytes=draw(SIZES | st.none()),
     )
 
@@ -95,10 +96,14 @@ def mappings(draw: st.DrawFn) -> maps.Mapping:
 def smaps_of(m: maps.Mapping) -> str:
     """As fs/proc/task_mmu.c prints it, with fields that we don't read between."""
     resident = m.resident_bytes // 1024
+    shared = m.shared_bytes // 1024
     lines = [
         f"{m.start:08x}-{m.end:08x} {m.perms} 00000000 00:00 0".ljust(73) + m.name,
         f"Size:           {(m.end - m.start) // 1024:8} kB",
         f"Rss:            {resident - resident // 2:8} kB",
+        f"Shared_Clean:   {shared - shared // 3:8} kB",
+        f"Shared_Dirty:   {shared // 3:8} kB",
+        f"Private_Clean:  {321:8} kB",
         f"Anonymous:      {m.anonymous_bytes // 1024:8} kB",
         *([] if m.ksm_bytes is None else [f"KSM:            {m.ksm_bytes // 1024:8} kB"]),
         f"LazyFree:       {123:8} kB",

@@ -13,7 +13,7 @@ from dedup.kernel import maps
 from dedup.kernel.processes import Handle
 from dedup.scanning import Plan, Scan, scan_pids
 from dedup.sources.live import LiveSource, Options
-from tests.kernel_fixtures import KsmControl, Target, frames, pagemap, process_numbers
+from tests.kernel_fixtures import PAGE, KsmControl, Target, frames, pagemap, process_numbers
 
 pytestmark = pytest.mark.root
 
@@ -101,6 +101,31 @@ def test_nothing_changes(ksm: KsmControl, target: Target) -> None:
     assert first.tally.sharing_lost_pages == 0
     # 250 pages and two huge pages are one frame in parent and child.
     assert first.prediction.frames_freed is not None
+
+
+def test_a_huge_page_whose_first_page_alone_a_relative_wrote_to(target: Target) -> None:
+    """pagemap calls all of it exclusive then, where 511 pages are shared as before."""
+    pages = 4 * HUGE // PAGE
+    start = target.do("map", name="a", pages=pages, align=HUGE)
+    target.do("advise", name="a", what="hugepage")
+    target.do("fill", name="a", at=0, count=pages, what="unique")
+    child, other = target.do("fork"), target.do("fork")
+    target.do("unmap", name="a")
+    for page in range(0, pages, HUGE // PAGE):
+        target.do("fill", child=(1,), name="a", at=page, count=1, what="unique")
+
+    def now() -> tuple[object, ...]:
+        return tuple(
+            (frames(pid, start, pages), process_numbers(pid, "smaps_rollup")["AnonHugePages"])
+            for pid in (child, other)
+        )
+
+    before = now()
+    exclusive = [w >> 56 & 1 for w in pagemap(child, start, pages)]
+    assert all(exclusive), "the case this is about"
+    found = scan(child)
+    assert now() == before
+    assert found.tally.proc_mem_pages >= pages
 
 
 def test_untouched_memory_stays_so(target: Target) -> None:
