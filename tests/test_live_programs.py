@@ -78,7 +78,8 @@ def test_program(ksm: KsmControl, tmp_path: Path, name: str) -> None:
         assert held.actual > 100
         ksm.clear()
         running = require_close(pids, restless=BY_NAME[name].restless)
-        assert running.predicted[1] > 0.9 * held.actual
+        # Memory given back meanwhile is less to merge, but not all of it.
+    assert running.predicted[1] > 0.5 * held.actual
 
 
 @needs("redis", "PHP", "Perl", "nginx")
