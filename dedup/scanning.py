@@ -259,12 +259,14 @@ class _Looking:
         extrapolated = False
         if self.plan.passes == 1:
             self._predict(pages)
-            self.full_scan = self._full_scan(self.predictions[0])
+            load = self._load(pages, self.predictions[0])
+            self.full_scan = self._full_scan(load)
         else:
             # In the time until the next look: what this one alone says.
             self.alone.append(self._snapshot(pages))
-            self.full_scan = self._full_scan(self.alone[0])
-            extrapolated = self._look_on(pages)
+            load = self._load(pages, self.alone[0])
+            self.full_scan = self._full_scan(load)
+            extrapolated = self._look_on(pages, load)
         drifts = None
         if len(self.began) > 1 and not self.source.lost_any:
             # What the result is made of, before more looks are taken.
@@ -275,7 +277,8 @@ class _Looking:
             prediction = steady.at_the_most(prediction, self._share_kept(pages), pages.page_size)
         if drifts:
             prediction = steady.seen([*self.alone, *self.predictions])
-        load = self._load(pages, prediction)
+        if len(self.began) > 1:
+            load = self._load(pages, prediction)
         return Scan(
             kernel=platform.release(),
             tunables=self.tunables,
@@ -304,7 +307,7 @@ class _Looking:
             smart_scan=self._smart(pages, prediction, drifts=bool(drifts)),
         )
 
-    def _look_on(self, pages: Pages) -> bool:
+    def _look_on(self, pages: Pages, load: cost.Load) -> bool:
         """Look again until ksmd's steady state shows; whether it lies beyond the last look."""
         if self.plan.passes is not None or self.plan.interval_seconds is not None:
             interval = self.plan.interval_seconds
@@ -316,7 +319,7 @@ class _Looking:
             return False
         if self.pace.running and self.plan.full_scan_seconds is None:
             self._wait_until(self.began[0] + PACE_SECONDS)
-            self.full_scan = self._full_scan(self.alone[0])
+            self.full_scan = self._full_scan(load)
         looks = steady.looks(self.full_scan)
         self._look_after(self.began[0] + looks.at[1])
         self._predict(pages)
@@ -356,7 +359,7 @@ class _Looking:
     def _assumed(self) -> dict[str, int | str]:
         return {**self.tunables, **self.plan.assumed}
 
-    def _full_scan(self, prediction: Prediction) -> float:
+    def _full_scan(self, load: cost.Load) -> float:
         """Time of ksmd's full scan: asked for, seen while it runs, or its price."""
         if self.plan.full_scan_seconds is not None:
             return self.plan.full_scan_seconds
@@ -367,7 +370,6 @@ class _Looking:
         if seen is not None:
             return seen
         # Predictions are for smart scan off.
-        load = self._load(self._pages, prediction)
         price = self._price(load, smart_scan=0)
         # A ksmd that scans nothing has no time of its own: that of the kernel's default.
         price = price or self._price(load, smart_scan=0, pages_to_scan=DEFAULT_PAGES_TO_SCAN)

@@ -49,11 +49,6 @@ class Looks:
     extrapolated: bool = False
     """Whether the steady state lies beyond the last one."""
 
-    @property
-    def longest_seconds(self) -> float:
-        """The longest time from one look to the next; 0 where there is but one."""
-        return max((b - a for a, b in zip(self.at, self.at[1:], strict=False)), default=0.0)
-
 
 def looks(full_scan_seconds: float) -> Looks:
     """When to look, for ksmd's full scan of this time.

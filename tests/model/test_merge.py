@@ -14,25 +14,13 @@ from hypothesis import strategies as st
 from dedup.model.merge import PROCESS_FIELDS, Prediction, Rules
 from tests.model.layouts import UNIQUE, Layout, layouts, prediction
 from tests.model.simulator import ZERO
+from tests.model.twin import FIELDS
 from tests.random_layouts import numbers, on_paper
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tests.model.simulator import Counts
-
-FIELDS = (
-    "pages_shared",
-    "pages_sharing",
-    "pages_unshared",
-    "pages_volatile",
-    "ksm_zero_pages",
-    "stable_node_chains",
-    "stable_node_dups",
-    "general_profit",
-    "frames_freed",
-    "thp_split",
-)
 
 LIMITS = st.integers(2, 5) | st.integers(2, 20)
 
