@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from dedup.errors import NotPermitted, OutputFailed
 from dedup.kernel.lock import STATE, make_state_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
 NAME: Final = "journal"
@@ -43,6 +43,92 @@ class Restored:
     why: str = ""
 
 
+FIELDS: Final = {"path": str, "before": str, "after": str}
+"""Of an entry, with their types."""
+
+
+def append(path: Path, fields: Mapping[str, Any]) -> None:
+    """Write one object as a line, on the disk before this returns.
+
+    Raises
+    ------
+    NotPermitted, OutputFailed
+        Nothing may be changed then.
+    """
+    make_state_folder(path.parent)
+    try:
+        fd = os.open(
+            path,
+            os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
+            0o600,
+        )
+        try:
+            before = _whole(fd)
+            line = json.dumps(fields).encode() + b"\n"
+            if os.write(fd, line) != len(line):
+                os.ftruncate(fd, before)
+                raise OSError(28, "No space left on device")
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except PermissionError as e:
+        raise NotPermitted(f"may not write the journal {path}: {e.strerror}") from e
+    except OSError as e:
+        raise OutputFailed(
+            f"writing the journal {path} failed: {e.strerror}; nothing was changed",
+            "make room there, then run it again",
+        ) from e
+
+
+def _whole(fd: int) -> int:
+    """Cut off a last line that a crash has left unfinished; gives the size."""
+    size = os.fstat(fd).st_size
+    end = os.pread(fd, size, 0).rfind(b"\n") + 1
+    if end != size:
+        os.ftruncate(fd, end)
+    return end
+
+
+def read(path: Path, needed: Mapping[str, type]) -> list[dict[str, Any]]:
+    """The objects of a journal, oldest first; a last line cut short by a crash is left out.
+
+    A change is made only after its line is whole, so nothing is lost with such a line.
+
+    Parameters
+    ----------
+    path : Path
+    needed : mapping of str to type
+        Fields that each object has.
+
+    Raises
+    ------
+    NotPermitted, OutputFailed
+    """
+    try:
+        lines = path.read_bytes().decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    except PermissionError as e:
+        raise NotPermitted(f"may not read the journal {path}: {e.strerror}") from e
+    except OSError as e:
+        raise OutputFailed(f"reading {path} failed: {e.strerror}", "") from e
+    found = []
+    for number, line in enumerate(lines):
+        try:
+            fields = json.loads(line)
+            if not all(isinstance(fields[name], kind) for name, kind in needed.items()):
+                raise TypeError
+            found.append(fields)
+        except (ValueError, KeyError, TypeError) as e:
+            if number == len(lines) - 1:
+                break
+            raise OutputFailed(
+                f"line {number + 1} of the journal {path} can't be read",
+                f"look at it, put the values back by hand, then remove {path}",
+            ) from e
+    return found
+
+
 class Journal:
     """The journal of this host.
 
@@ -63,60 +149,16 @@ class Journal:
         NotPermitted, OutputFailed
             Nothing may be changed then.
         """
-        make_state_folder(self.path.parent)
-        try:
-            fd = os.open(
-                self.path,
-                os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
-                0o600,
-            )
-            try:
-                line = json.dumps(asdict(entry)).encode() + b"\n"
-                if os.write(fd, line) != len(line):
-                    raise OSError(28, "No space left on device")
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-        except PermissionError as e:
-            raise NotPermitted(f"may not write the journal {self.path}: {e.strerror}") from e
-        except OSError as e:
-            raise OutputFailed(
-                f"writing the journal {self.path} failed: {e.strerror}; nothing was changed",
-                "make room there, then run it again",
-            ) from e
+        append(self.path, asdict(entry))
 
     def entries(self) -> list[Entry]:
-        """What is written, oldest first; a last line cut short by a crash is left out.
-
-        A change is made only after its line is whole, so nothing is lost with such a line.
+        """What is written, oldest first.
 
         Raises
         ------
         NotPermitted, OutputFailed
         """
-        try:
-            lines = self.path.read_bytes().decode(errors="replace").splitlines()
-        except FileNotFoundError:
-            return []
-        except PermissionError as e:
-            raise NotPermitted(f"may not read the journal {self.path}: {e.strerror}") from e
-        except OSError as e:
-            raise OutputFailed(f"reading {self.path} failed: {e.strerror}", "") from e
-        found = []
-        for number, line in enumerate(lines):
-            try:
-                fields = json.loads(line)
-                found.append(
-                    Entry(str(fields["path"]), str(fields["before"]), str(fields["after"]))
-                )
-            except (ValueError, KeyError, TypeError) as e:
-                if number == len(lines) - 1:
-                    break
-                raise OutputFailed(
-                    f"line {number + 1} of the journal {self.path} can't be read",
-                    f"look at it, put the values back by hand, then remove {self.path}",
-                ) from e
-        return found
+        return [Entry(f["path"], f["before"], f["after"]) for f in read(self.path, FIELDS)]
 
     def restore(
         self,

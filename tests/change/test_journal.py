@@ -62,6 +62,8 @@ def test_a_last_line_cut_short_is_no_change(tmp_path: Path) -> None:
     with journal.path.open("a") as f:
         f.write('{"path": "b", "bef')
     assert [e.path for e in journal.entries()] == ["a"]
+    journal.record(Entry("c", "1", "2"))
+    assert [e.path for e in journal.entries()] == ["a", "c"]
 
 
 def test_a_broken_line_in_the_middle_is_said(tmp_path: Path) -> None:
