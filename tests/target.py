@@ -7,6 +7,7 @@ with ``"child": [i, j]`` goes to child j of child i.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import mmap
 import os
@@ -133,6 +134,10 @@ class Target:
         """madvise a mapping, or `count` pages of it."""
         size = count * PAGE if count else self.size[name] - at * PAGE
         check(LIBC.madvise(self.start[name] + at * PAGE, size, ADVICE[what]), "madvise")
+
+    def digest(self, name: str) -> str:
+        """Checksum of a mapping."""
+        return hashlib.sha256(ctypes.string_at(self.start[name], self.size[name])).hexdigest()
 
     def protect(self, name: str, how: str) -> None:
         """mprotect a mapping."""

@@ -163,8 +163,9 @@ def test_apply_on_processes(ksm: KsmControl, tmp_path: Path) -> None:
         assert data["holds"]
         assert data["actual"]["pages_sharing"] > 50
         not_mergeable = subprocess.run(
-            [sys.executable, "-m", "dedup", "apply", "--pid", str(os.getpid()), "--start-ksmd"],
+            [sys.executable, "-m", "dedup", "apply", "--pid", str(os.getpid()), "--start-ksmd",
+             "--scope", "advised"],
             capture_output=True, text=True,
         )  # fmt: skip
         assert not_mergeable.returncode == 6
-        assert "dedup run" in not_mergeable.stderr
+        assert "--scope advised" in not_mergeable.stderr

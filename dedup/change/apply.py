@@ -1,4 +1,4 @@
-"""Wait for ksmd over chosen processes, and hold its counters against the prediction."""
+"""Make chosen processes mergeable, wait for ksmd, and hold its counters against the prediction."""
 
 from __future__ import annotations
 
@@ -6,21 +6,29 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
+from dedup.change import plan as planning
 from dedup.change import verify, wait
+from dedup.change.act import Marks
+from dedup.change.plan import Wish
 from dedup.change.tunables import Tunables, others_at_the_knobs
-from dedup.errors import KsmNotRunning, NotMergeable
+from dedup.errors import KsmNotRunning, Usage
 from dedup.kernel import ksm as ksm_interface
 from dedup.kernel import meminfo
 from dedup.kernel.ksm import RUN_MERGE, RUN_STOP, Ksm
+from dedup.kernel.lock import HostLock
 from dedup.kernel.processes import Handle
 from dedup.model import merge, steady
-from dedup.scanning import Plan, Scan, rules_of, scan_pids
+from dedup.pages import Skipped
+from dedup.scanning import Scan, rules_of, scan_pids
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from dedup.change.act import Failed, Marked
     from dedup.change.journal import Restored
+    from dedup.change.plan import Plan
     from dedup.kernel.ksm import Counters, ProcessCounters
+    from dedup.scanning import Plan as ScanPlan
 
 TIMEOUT_SECONDS: Final = 600.0
 STILL_FRACTION: Final = 2000
@@ -48,7 +56,13 @@ class ProcessOutcome:
 class Application:
     """What an application predicted, and what the kernel's counters say."""
 
+    plan: Plan
+    marked: list[Marked]
+    """Processes made mergeable."""
+    failed: list[Failed]
+    """Processes that could not be."""
     scan: Scan
+    """Of all that is mergeable now."""
     comparison: verify.Comparison
     by_process: bool
     """Others use KSM on this host: the comparison is the sum over the processes."""
@@ -71,21 +85,26 @@ class Application:
 
 def apply(
     pids: Sequence[int],
-    plan: Plan,
+    scan_plan: ScanPlan,
+    wish: Wish | None = None,
     *,
     start_ksmd: bool = False,
     keep_tunables: bool = False,
     tolerance_pages: int | None = None,
     timeout_seconds: float = TIMEOUT_SECONDS,
-    progress: Callable[[Counters], None] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+    step: Callable[[str], None] = lambda _: None,
 ) -> Application:
-    """Predict, wait for ksmd, compare. The processes' memory must be mergeable already.
+    """Plan, make mergeable, wait for ksmd, compare.
+
+    What was made mergeable stays so, until `dedup.change.undo.undo`. An error takes it back.
 
     Parameters
     ----------
     pids : sequence of int
-    plan : Plan
-        Its scope is `advised`.
+    scan_plan : dedup.scanning.Plan
+        With scope `advised` nothing is made mergeable that is not so already.
+    wish : Wish, optional
     start_ksmd : bool
         Let ksmd run for the time of the call where it rests.
     keep_tunables : bool
@@ -94,54 +113,72 @@ def apply(
         Pages by which a counter may differ; by default those seen volatile.
     timeout_seconds : float
     progress : callable, optional
+        Told what is under way, done and total.
+    step : callable, optional
+        Told the name of each step before it.
 
     Raises
     ------
-    NotMergeable
-        Nothing of it is mergeable.
+    Refused, NotMergeable, NoSuchProcess, NoMemory
+        See `dedup.change.plan.make`.
     KsmNotRunning
         ksmd rests and `start_ksmd` was not given.
     CheckFailed
         ksmd does not converge in time, or somebody else changes the tunables.
-    NotPermitted, Busy
+    NotPermitted, Busy, NotStopped
     """
+    wish = wish or Wish()
     ksm = Ksm()
     ksm.require()
     if not start_ksmd and not ksm.running:
         raise KsmNotRunning("ksmd is not running, so nothing would merge")
     with ExitStack() as stack:
         tunables: Tunables | None = None
+        step("lock")
         if not keep_tunables or start_ksmd:
             tunables = stack.enter_context(Tunables(ksm))
+        else:
+            stack.enter_context(HostLock())
         before = meminfo.read()
-        scan = scan_pids(pids, plan)
-        require_mergeable(scan)
-        alone = _alone(ksm, pids)
+        plan = planning.make(pids, scan_plan, wish, step)
+        _require_time(plan.scan, ksm, timeout_seconds)
+        alone = _alone(ksm, plan.pids)
+        marks = stack.enter_context(Marks(suspend_seccomp=wish.suspend_seccomp, step=step))
+        if plan.chosen:
+            marks.mark(plan.chosen, plan.ranges)
+        scan = _of_marked(plan, marks, scan_plan)
+        step("tunables")
         if tunables is not None:
             if not keep_tunables and "smart_scan" in ksm.tunables():
                 tunables.set("smart_scan", 0)
             tunables.set("run", RUN_MERGE)
         tolerance = _tolerance(scan) if tolerance_pages is None else tolerance_pages
+        followed = [p.id.pid for p in scan.pages.processes]
+        step("wait")
         done = wait.converge(
             ksm,
             timeout_seconds,
-            progress,
+            _shown(progress, scan, ksm),
             slack_pages=max(tolerance, scan.scanned_pages // STILL_FRACTION),
-            settled=None if alone else lambda: _settled(pids),
+            settled=None if alone else lambda: _settled(followed),
             least_scans=_least_scans(scan, smart=bool(ksm.tunables().get("smart_scan", 0))),
         )
+        step("verify")
         if tunables is not None:
             tunables.require_unchanged()
             # A scan under way moves the counters: at rest they are whole.
             tunables.set("run", RUN_STOP)
-        counted = _read_all(pids)
-        now, alone = ksm.tunables(), alone and _alone(ksm, pids)
+        counted = _read_all(followed)
+        now, alone = ksm.tunables(), alone and _alone(ksm, followed)
         warnings = [*others_at_the_knobs(), *_changed(scan.tunables, now)]
         scan = _under_both(scan, now)
         if ksm.running:
             # Each page that ksmd visits is in neither tree for a moment.
             tolerance = max(tolerance, 1)
         result = Application(
+            plan=plan,
+            marked=marks.marked,
+            failed=marks.failed,
             scan=scan,
             comparison=_compare(scan, ksm) if alone else _compare_sums(scan, counted),
             by_process=not alone,
@@ -154,22 +191,70 @@ def apply(
             smart_scan=bool(now.get("smart_scan", 0)),
             warnings=warnings,
         )
+    step("end")
     if tunables is not None:
         result.restored = tunables.restored
     return result
 
 
-def require_mergeable(scan: Scan) -> None:
-    """Raise when none of the scanned memory is mergeable.
+def _of_marked(plan: Plan, marks: Marks, scan_plan: ScanPlan) -> Scan:
+    """The scan of what has really become mergeable.
+
+    That of the plan, unless some could not be marked.
+    """
+    if not marks.failed and not any(m.missing_bytes for m in marks.marked):
+        return plan.scan
+    if not marks.marked and not plan.already:
+        raise marks.failed[0].error
+    gone = {f.id.pid for f in marks.failed}
+    pids = [pid for pid in plan.pids if pid not in gone]
+    scan = scan_pids(pids, replace(scan_plan, options=replace(scan_plan.options, scope="advised")))
+    scan.pages.skipped += plan.left_out
+    scan.pages.skipped += [Skipped(f.id.pid, f.error.message, f.error.code) for f in marks.failed]
+    return scan
+
+
+def _require_time(scan: Scan, ksm: Ksm, timeout_seconds: float) -> None:
+    """Refuse to wait where ksmd can't be done in time, before anything is changed.
 
     Raises
     ------
-    NotMergeable
+    Usage
     """
-    if not any(r.advised for r in scan.pages.regions):
-        raise NotMergeable(
-            "none of the chosen processes' memory is mergeable (no mapping has VmFlags `mg`)"
+    if scan.cost is None:
+        raise Usage(
+            "ksmd looks at no pages (pages_to_scan is 0), so nothing would merge",
+            f"`echo 100 > {ksm.root}/pages_to_scan` as root",
         )
+    low = scan.cost.bounds.get("full_scan_seconds", (scan.cost.full_scan_seconds, 0.0))[0]
+    least = low * (wait.LEAST_SCANS + wait.STILL_SCANS)
+    if least > timeout_seconds:
+        raise Usage(
+            f"at ksmd's present pace this takes at least {least:,.0f} s, longer than the "
+            f"{timeout_seconds:g} s allowed",
+            f"let it work faster (`dedup tune --within {timeout_seconds / 4:.0f}`), or give it "
+            f"time: `--timeout {2 * least:.0f}`",
+        )
+
+
+def _shown(
+    progress: Callable[[str, int, int], None] | None, scan: Scan, ksm: Ksm
+) -> Callable[[Counters], None] | None:
+    """How far ksmd is: pages scanned, of those of all the full scans to wait for."""
+    if progress is None:
+        return None
+    p = scan.prediction
+    expected = [v for v in (p.pages_sharing, p.ksm_zero_pages) if v is not None]
+    of = f" of {sum(expected):,}" if len(expected) == 2 else ""
+    begin = ksm.counters().pages_scanned
+    total = scan.scanned_pages * (wait.LEAST_SCANS + wait.STILL_SCANS + 1)
+
+    def show(now: Counters) -> None:
+        merged = now.pages_sharing + now.ksm_zero_pages
+        scanned = min(total, now.pages_scanned - begin)
+        progress(f"merging: {merged:,}{of} pages", scanned, total)
+
+    return show
 
 
 def _compare(scan: Scan, ksm: Ksm) -> verify.Comparison:

@@ -1,4 +1,4 @@
-"""`dedup apply`: wait for ksmd, and hold its counters against the prediction."""
+"""`dedup apply`: make memory mergeable, and hold ksmd's counters against the prediction."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ from dedup.cli.root import Exemplified
 from dedup.errors import CheckFailed, Partial, Usage
 
 if TYPE_CHECKING:
+    from dedup.change.plan import How
+    from dedup.change.trust import Domain
     from dedup.cli.output import Output
     from dedup.kernel.processes import Choice
     from dedup.selftest.run import CaseResult
+    from dedup.sources.live import Scope
 
 
 @click.command(
     cls=Exemplified,
     examples=[
+        ("sudo dedup apply --name redis-server --dry-run", "what it would do, and bring"),
+        ("sudo dedup apply --name redis-server --start-ksmd", "do it, and hold it to its word"),
+        ("sudo dedup apply --undo", "take back all that it has made mergeable"),
         ("sudo dedup apply --self-test", "known layouts, every counter compared"),
-        ("sudo dedup apply --self-test --case 'article*'", "one of them"),
-        ("sudo dedup apply --name redis-server --start-ksmd", "processes begun with `dedup run`"),
     ],
 )
 @chooses_processes
@@ -36,6 +40,48 @@ if TYPE_CHECKING:
     multiple=True,
     metavar="GLOB",
     help="With --self-test: only cases of this name.",
+)
+@click.option(
+    "--how",
+    type=click.Choice(["auto", "whole", "ranges"]),
+    default="auto",
+    show_default=True,
+    help="Make mergeable the whole of each process, what it maps later and its children included; "
+    "or only the ranges that pay. auto: ranges, where they bring 95 % for half of the pages.",
+)
+@click.option(
+    "--scope",
+    type=click.Choice(["compatible", "advised"]),
+    default="compatible",
+    show_default=True,
+    help="advised: make nothing mergeable that is not so already.",
+)
+@click.option(
+    "--undo",
+    is_flag=True,
+    help="Take back what was made mergeable, of the chosen processes or of all.",
+)
+@click.option(
+    "--domain",
+    type=click.Choice(["user", "cgroup", "label"]),
+    default="user",
+    show_default=True,
+    help="Who trusts whom: only within one such domain memory may merge.",
+)
+@click.option(
+    "--accept-side-channels",
+    is_flag=True,
+    help="Let memory of several domains merge: each may find out what the others hold.",
+)
+@click.option(
+    "--secret-holders",
+    is_flag=True,
+    help="Take processes too that likely hold secrets, such as ssh-agent and browsers.",
+)
+@click.option(
+    "--suspend-seccomp",
+    is_flag=True,
+    help="Take processes under seccomp too, and suspend it for the one system call.",
 )
 @click.option(
     "--start-ksmd",
@@ -76,6 +122,13 @@ def command(
     output: Output,
     self_test: bool,
     cases: tuple[str, ...],
+    how: How,
+    scope: Scope,
+    undo: bool,
+    domain: Domain,
+    accept_side_channels: bool,
+    secret_holders: bool,
+    suspend_seccomp: bool,
     start_ksmd: bool,
     keep_tunables: bool,
     tolerance: int | None,
@@ -83,13 +136,16 @@ def command(
     interval: float | None,
     dry_run: bool,
 ) -> int:
-    """Wait until ksmd has merged what is mergeable, and compare its counters with the prediction.
+    """Make processes mergeable while they run, and hold ksmd's counters against the prediction.
 
-    The chosen processes' memory must be mergeable already (`dedup run`, or madvise by the program
-    itself). Smart scan is off while it waits. All tunables are put back at the end, whatever
-    happens.
+    One thread of each process is stopped for a moment, some milliseconds at the most, and makes the
+    one system call itself. What is made mergeable stays so until `--undo`, or the process ends. All
+    tunables are put back at the end, whatever happens; smart scan is off while it waits. An error,
+    or Ctrl-C, takes back everything.
     """
     if self_test:
+        if undo:
+            raise Usage("--undo does not go with --self-test", "see `dedup apply --help`")
         if choice:
             raise Usage(
                 "--self-test uses memory of its own: choose no process with it",
@@ -98,47 +154,50 @@ def command(
         return _self_test(output, cases, dry_run=dry_run)
     if cases:
         raise Usage("--case goes with --self-test", "see `dedup apply --help`")
+    if undo:
+        return _undo(output, choice, suspend_seccomp=suspend_seccomp, dry_run=dry_run)
     if not choice:
         raise Usage(
             "nothing chosen to apply to",
             "`dedup apply --self-test`, or name processes: `dedup apply --pid 1234`",
         )
     from dedup import scanning
-    from dedup.change.apply import apply, require_mergeable
-    from dedup.report import applied, jsonout, text
+    from dedup.change import plan as planning
+    from dedup.change.apply import apply
+    from dedup.report import applied, planned
     from dedup.sources.live import Options
 
     pids = scanning.choose(choice)
+    wish = planning.Wish(how, domain, accept_side_channels, secret_holders, suspend_seccomp)
     with output.progress() as progress:
-        plan = scanning.Plan(
-            options=Options(scope="advised", progress=progress), interval_seconds=interval
+        scan_plan = scanning.Plan(
+            options=Options(scope=scope, progress=progress), interval_seconds=interval
         )
         if dry_run:
-            scan = scanning.scan_pids(pids, plan)
-            require_mergeable(scan)
+            plan = planning.make(pids, scan_plan, wish)
         else:
             result = apply(
                 pids,
-                plan,
+                scan_plan,
+                wish,
                 start_ksmd=start_ksmd,
                 keep_tunables=keep_tunables,
                 tolerance_pages=tolerance,
                 timeout_seconds=timeout,
-                progress=None
-                if progress is None
-                else (lambda c: progress("merged", c.pages_sharing, c.rmap_items)),
+                progress=progress,
             )
     if dry_run:
         if output.json:
-            output.result(jsonout.scan_object(scan))
+            output.result(planned.plan_object(plan))
         else:
-            view = text.View(scan, by=None, verbose=False, width=output.width, plain=output.plain)
-            output.show(*view.result())
-        return 0
+            output.show(*planned.plan_parts(plan))
+        return 0 if plan.scan.complete else Partial.exit_status
     if output.json:
         output.result(applied.application_object(result))
     else:
         output.show(
+            "\n".join(planned.marked_lines(result)),
+            "",
             applied.comparison_table(result.comparison),
             "",
             "\n".join(applied.application_lines(result)),
@@ -146,6 +205,35 @@ def command(
     if not result.holds:
         return CheckFailed.exit_status
     return 0 if result.scan.complete else Partial.exit_status
+
+
+def _undo(output: Output, choice: Choice, *, suspend_seccomp: bool, dry_run: bool) -> int:
+    from dedup import scanning
+    from dedup.change.applied import Applied
+    from dedup.change.undo import undo
+    from dedup.errors import NoSuchProcess
+    from dedup.kernel.lock import HostLock
+    from dedup.report import planned
+
+    pids = set(choice.pids)
+    if choice:
+        try:
+            pids |= set(scanning.choose(choice))
+        except NoSuchProcess:
+            if not pids:
+                raise
+    with HostLock():
+        result = undo(
+            Applied(),
+            (lambda process: process.pid in pids) if choice else (lambda _: True),
+            suspend_seccomp=suspend_seccomp,
+            dry_run=dry_run,
+        )
+    if output.json:
+        output.result(planned.undo_object(result, dry_run=dry_run))
+    else:
+        output.show("\n".join(planned.undo_lines(result, dry_run=dry_run)))
+    return 0 if result.complete else Partial.exit_status
 
 
 def _self_test(output: Output, globs: tuple[str, ...], *, dry_run: bool) -> int:

@@ -24,19 +24,28 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Show what would be put back; change nothing.")
 @reports
 def command(output: Output, dry_run: bool) -> int:
-    """Put back the settings that an interrupted run of ours left changed.
+    """Put back what an interrupted run of ours left changed.
 
-    Each setting was written to a journal before it was changed. One that somebody else has changed
-    since stays as it is.
+    That is settings, and processes made mergeable by an application that did not come to its end.
+    Each was written to a journal before it was changed. A setting that somebody else has changed
+    since stays as it is. What a finished `dedup apply` did stays too: `dedup apply --undo`.
     """
     from dedup.change import tunables
+    from dedup.change.applied import Applied
+    from dedup.change.undo import undo
     from dedup.kernel.ksm import Ksm
-    from dedup.report import applied
+    from dedup.kernel.lock import HostLock
+    from dedup.report import applied, planned
 
     restored = tunables.planned_restore() if dry_run else tunables.restore(Ksm())
+    with HostLock():
+        undone = undo(Applied(), interrupted_only=True, dry_run=dry_run)
     if output.json:
-        output.result(applied.restore_object(restored))
+        output.result(applied.restore_object(restored, undone.processes))
     else:
-        output.show("\n".join(applied.restored_lines(restored)))
-    failed = any(r.outcome == "failed" for r in restored)
+        lines = applied.restored_lines(restored) if restored or not undone.processes else []
+        if undone.processes:
+            lines += planned.undo_lines(undone, dry_run=dry_run)
+        output.show("\n".join(lines))
+    failed = any(r.outcome == "failed" for r in restored) or not undone.complete
     return Partial.exit_status if failed else 0

@@ -518,7 +518,12 @@ def _advice(suspend_seccomp: bool) -> str:
 
 
 def merge_any(
-    handle: Handle, on: bool, *, suspend_seccomp: bool = False, deadline_seconds: float = 1.0
+    handle: Handle,
+    on: bool,
+    *,
+    again: Sequence[tuple[int, int]] = (),
+    suspend_seccomp: bool = False,
+    deadline_seconds: float = 1.0,
 ) -> list[Stop]:
     """Make all compatible memory of a process mergeable, future and children's included; or not.
 
@@ -529,6 +534,8 @@ def merge_any(
     ----------
     handle : Handle
     on : bool
+    again : sequence of (int, int)
+        Ranges to mark mergeable right after: what the program had marked itself.
     suspend_seccomp, deadline_seconds
         See `Injection`.
 
@@ -553,9 +560,38 @@ def merge_any(
                 if "mg" in m.vm_flags and (m.ksm_bytes != 0 or m.anonymous_bytes > WALKED_BYTES)
                 for start, end in _pieces(m.start, m.end)
             ]
+        decisive = len(calls)
         calls.append(injection.prctl(PR_SET_MEMORY_MERGE, int(on)))
-        _check(injection.run(calls)[-1], "PR_SET_MEMORY_MERGE", handle)
+        calls += [injection.madvise(start, end, MADV_MERGEABLE) for start, end in again]
+        _check(injection.run(calls)[decisive], "PR_SET_MEMORY_MERGE", handle)
         return injection.stops
+
+
+def merges_any(
+    handle: Handle, *, suspend_seccomp: bool = False, deadline_seconds: float = 1.0
+) -> bool:
+    """Whether all compatible memory of a process is mergeable: it is made to ask itself.
+
+    For kernels whose ksm_stat does not tell. Raises as `merge_any` does.
+    """
+    with Injection(
+        handle, suspend_seccomp=suspend_seccomp, deadline_seconds=deadline_seconds
+    ) as injection:
+        (result,) = injection.run([injection.prctl(PR_GET_MEMORY_MERGE, 0)])
+        _check(result, "PR_GET_MEMORY_MERGE", handle)
+        return bool(result)
+
+
+def require_possible(handle: Handle, *, suspend_seccomp: bool = False) -> None:
+    """Raise where no call could be put into a process, as far as that shows without a stop.
+
+    Raises
+    ------
+    NoMemory, ProcessGone, NotPermitted, Refused, Unsupported
+        See `Injection`.
+    """
+    with Injection(handle, suspend_seccomp=suspend_seccomp):
+        pass
 
 
 def _check(result: int, option: str, handle: Handle) -> None:

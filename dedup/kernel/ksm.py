@@ -95,7 +95,8 @@ class ProcessCounters:
     ksm_zero_pages: int
     ksm_merging_pages: int
     ksm_process_profit: int
-    ksm_merge_any: bool
+    ksm_merge_any: bool | None
+    """None where the kernel does not tell (`inject.merges_any` asks the process itself)."""
     ksm_mergeable: bool
 
 
@@ -229,7 +230,7 @@ def process_counters(handle: Handle) -> ProcessCounters | None:
         ksm_zero_pages=int(values.get("ksm_zero_pages", 0)),
         ksm_merging_pages=int(values.get("ksm_merging_pages", 0)),
         ksm_process_profit=int(values.get("ksm_process_profit", 0)),
-        ksm_merge_any=values.get("ksm_merge_any") == "yes",
+        ksm_merge_any=values["ksm_merge_any"] == "yes" if "ksm_merge_any" in values else None,
         ksm_mergeable=values.get("ksm_mergeable") == "yes",
     )
 

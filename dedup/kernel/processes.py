@@ -11,6 +11,7 @@ import json
 import os
 import pwd
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 PROC: Final = Path("/proc")
+ADDR_NO_RANDOMIZE: Final = 0x0040000
 DOCKER: Final = Path("/var/lib/docker/containers")
 
 
@@ -233,6 +235,41 @@ def of_process(pid: int, proc: Path = PROC) -> Handle:
         return handle
     handle.close()
     return Handle(tgid, proc)
+
+
+def label(handle: Handle) -> str:
+    """Security label (SELinux, AppArmor, Smack); empty where no module gives one.
+
+    Source: proc_pid_attr(5).
+
+    Raises
+    ------
+    ProcessGone
+    """
+    try:
+        text = handle.read("attr/current")
+    except (NotPermitted, OutputFailed):
+        return ""  # EINVAL: no module that labels
+    return text.rstrip(b"\0\n").decode(errors="surrogateescape")
+
+
+def now_ticks() -> int:
+    """The present moment as `ProcessId.start_time` has it."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME) * ticks // 1_000_000_000
+
+
+def randomized(pid: int, proc: Path = PROC) -> bool:
+    """Whether a process's addresses are random, so that no two programs share them by chance.
+
+    Source: personality(2), ADDR_NO_RANDOMIZE; sysctl kernel.randomize_va_space.
+    """
+    try:
+        personality = int((proc / str(pid) / "personality").read_text(), 16)
+        host = (proc / "sys/kernel/randomize_va_space").read_text().strip()
+    except (OSError, ValueError):
+        return False  # gone, or hidden from us
+    return host != "0" and not personality & ADDR_NO_RANDOMIZE
 
 
 def joins(pid: int, others: list[int]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from typing import TYPE_CHECKING, Any
 
+from dedup.report import planned
 from dedup.report.jsonout import envelope, host_object
 from dedup.report.names import lossless, safe
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
     from dedup.change.apply import Application
     from dedup.change.journal import Restored
+    from dedup.change.undo import Undone
     from dedup.change.verify import Comparison
     from dedup.selftest.cases import Case
     from dedup.selftest.run import CaseResult, SelfTest
@@ -87,6 +89,8 @@ def application_object(a: Application) -> dict[str, Any]:
     return envelope(
         "apply",
         host=host_object(scan.kernel, scan.pages.page_size, scan.tunables),
+        **planned.way_object(a.plan),
+        **planned.marked_object(a.marked, a.failed),
         **_comparison(a.comparison),
         holds=a.holds,
         tolerance_pages=a.tolerance_pages,
@@ -116,9 +120,11 @@ def application_object(a: Application) -> dict[str, Any]:
     )
 
 
-def restore_object(restored: Sequence[Restored]) -> dict[str, Any]:
+def restore_object(restored: Sequence[Restored], undone: Sequence[Undone]) -> dict[str, Any]:
     """A restore whole."""
-    return envelope("restore", restored=restored_object(restored))
+    return envelope(
+        "restore", restored=restored_object(restored), processes=planned.undone_object(undone)
+    )
 
 
 def case_list_object(cases: Sequence[Case]) -> dict[str, Any]:

@@ -69,8 +69,8 @@ def scan_object(scan: Scan, by: By | None = None, top: int = TOP) -> dict[str, A
         "scan",
         host=host_object(scan.kernel, pages.page_size, scan.tunables),
         scan=_scan_part(scan),
-        prediction=_prediction(scan),
-        smart_scan=_smart(scan.smart_scan),
+        prediction=prediction_object(scan),
+        smart_scan=smart_object(scan.smart_scan),
         cost=price.scan_cost_object(scan),
         processes=[
             _process(p, n, prediction, fate)
@@ -111,7 +111,7 @@ def _scan_part(scan: Scan) -> dict[str, Any]:
     from dedup.report import summary
 
     tally = scan.tally
-    skipped = [_skipped(s) for s in scan.pages.skipped]
+    skipped = [skipped_object(s) for s in scan.pages.skipped]
     if tally.unread_pages:
         skipped.append(
             {
@@ -153,7 +153,8 @@ def _scan_part(scan: Scan) -> dict[str, Any]:
     }
 
 
-def _skipped(s: Skipped) -> dict[str, Any]:
+def skipped_object(s: Skipped) -> dict[str, Any]:
+    """Something left out."""
     return {"pid": s.pid, "what": lossless(s.what), "code": s.code, "pages": s.pages}
 
 
@@ -161,7 +162,8 @@ def _bounds(bounds: Mapping[str, tuple[int, int]]) -> dict[str, list[int]]:
     return {name: [low, high] for name, (low, high) in bounds.items()}
 
 
-def _prediction(scan: Scan) -> dict[str, Any]:
+def prediction_object(scan: Scan) -> dict[str, Any]:
+    """The counters once ksmd has converged."""
     from dedup.model.merge import FIELDS
 
     prediction = scan.prediction
@@ -179,8 +181,8 @@ def _prediction(scan: Scan) -> dict[str, Any]:
     return data
 
 
-def _smart(smart: SmartScan | None) -> dict[str, Any] | None:
-    """The outcome with smart scan on; null where the kernel has none."""
+def smart_object(smart: SmartScan | None) -> dict[str, Any] | None:
+    """The outcome with smart scan on."""
     if smart is None:
         return None
     return {**dataclasses.asdict(smart), "bounds": _bounds(smart.bounds)}

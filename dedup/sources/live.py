@@ -28,7 +28,7 @@ from dedup.model.eligibility import why_not
 from dedup.pages import FRAME_MASK, Flag, Pages, Process, Region, Skipped
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from dedup.kernel.pagemap import Sight
     from dedup.kernel.processes import Handle
@@ -49,6 +49,9 @@ class Options:
     """0: the cores that we may use."""
     seed: int | None = None
     """Of the hash; None draws one, so that collisions can't be prepared in advance."""
+    marked: Mapping[int, Sequence[tuple[int, int]]] = field(default_factory=dict)
+    """Processes by pid of which, whatever the scope, only mergeable mappings count and these
+    ranges: first address and the one behind the last, page aligned."""
     progress: Callable[[str, int, int], None] | None = None
     """Called with what is under way, done and total."""
 
@@ -351,13 +354,17 @@ class LiveSource:
             ksm_bytes=m.ksm_bytes or 0,
             resident_bytes=m.resident_bytes,
         )
-        if not self.spans:
+        if self.spans:
+            ranges = [(span.start, span.start + span.length) for span in self.spans]
+            yield from _inside(whole, ranges)
+            return
+        assert self.pages is not None
+        marked = self.options.marked.get(self.pages.processes[process].id.pid)
+        if why or advised or marked is None:
             yield whole
             return
-        for span in self.spans:
-            start, end = max(m.start, span.start), min(m.end, span.start + span.length)
-            if start < end:
-                yield replace(whole, start=start, end=end)
+        inside = list(_inside(replace(whole, scanned=True), marked))
+        yield from inside or [replace(whole, scanned=False)]
 
     def _region_index(self, region: Region) -> int:
         pages = self.pages
@@ -438,6 +445,14 @@ class LiveSource:
             pages.skipped.append(Skipped(pid, e.message, e.code))
         if pid in self._index:
             self._ended.add(self._index[pid])
+
+
+def _inside(region: Region, ranges: Iterable[tuple[int, int]]) -> Iterable[Region]:
+    """The parts of a region that lie in ranges."""
+    for first, last in ranges:
+        start, end = max(region.start, first), min(region.end, last)
+        if start < end:
+            yield replace(region, start=start, end=end)
 
 
 def mark_outside(pages: Pages, groups: Groups, sight: Sight) -> None:

@@ -163,7 +163,7 @@ FIGURES = {"predicted": {"pages_shared": 1}, "actual": {"pages_shared": 1}}
             memory={"before": MEMORY, "after": MEMORY},
             restored=[],
         ),
-        jsonout.envelope("restore", restored=RESTORED),
+        jsonout.envelope("restore", restored=RESTORED, processes=[]),
     ],
 )
 def test_other_kinds(data: dict[str, Any]) -> None:
