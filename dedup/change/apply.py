@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from dedup.scanning import Plan as ScanPlan
 
 TIMEOUT_SECONDS: Final = 600.0
+PACE_RATIO: Final = 1.25
 STILL_FRACTION: Final = 2000
 """A running program moves a page in so many all the time; ksmd has converged all the same."""
 
@@ -163,6 +164,13 @@ def apply(
             settled=None if alone else lambda: _settled(followed),
             least_scans=_least_scans(scan, smart=bool(ksm.tunables().get("smart_scan", 0))),
         )
+        observed = done.seconds / done.full_scans if done.full_scans else 0.0
+        warnings = []
+        if _other_pace(scan, observed):
+            step("scan again")
+            warnings.append(_pace_words(scan, observed))
+            scan = _scan_marked(plan, marks, replace(scan_plan, full_scan_seconds=observed))
+            tolerance = _tolerance(scan) if tolerance_pages is None else tolerance_pages
         step("verify")
         if tunables is not None:
             tunables.require_unchanged()
@@ -170,7 +178,7 @@ def apply(
             tunables.set("run", RUN_STOP)
         counted = _read_all(followed)
         now, alone = ksm.tunables(), alone and _alone(ksm, followed)
-        warnings = [*others_at_the_knobs(), *_changed(scan.tunables, now)]
+        warnings += [*others_at_the_knobs(), *_changed(scan.tunables, now)]
         scan = _under_both(scan, now)
         if ksm.running:
             # Each page that ksmd visits is in neither tree for a moment.
@@ -206,12 +214,35 @@ def _of_marked(plan: Plan, marks: Marks, scan_plan: ScanPlan) -> Scan:
         return plan.scan
     if not marks.marked and not plan.already:
         raise marks.failed[0].error
+    return _scan_marked(plan, marks, scan_plan)
+
+
+def _scan_marked(plan: Plan, marks: Marks, scan_plan: ScanPlan) -> Scan:
+    """Look again at what is mergeable now."""
     gone = {f.id.pid for f in marks.failed}
     pids = [pid for pid in plan.pids if pid not in gone]
     scan = scan_pids(pids, replace(scan_plan, options=replace(scan_plan.options, scope="advised")))
     scan.pages.skipped += plan.left_out
     scan.pages.skipped += [Skipped(f.id.pid, f.error.message, f.error.code) for f in marks.failed]
     return scan
+
+
+def _other_pace(scan: Scan, observed: float) -> bool:
+    """Whether ksmd's full scan took another time than the prediction of changing memory is for."""
+    if not _tolerance(scan) or not observed:
+        return False
+    ratio = observed / scan.full_scan_seconds if scan.full_scan_seconds else 1.0
+    # Looks nearer to each other than this see nothing different.
+    slow = max(observed, scan.full_scan_seconds) * steady.STEADY_FACTOR
+    return not 1 / PACE_RATIO < ratio < PACE_RATIO and slow > steady.INTERVAL_LEAST_SECONDS
+
+
+def _pace_words(scan: Scan, observed: float) -> str:
+    return (
+        f"ksmd took {observed:.1f} s for a full scan, not {scan.full_scan_seconds:.1f} s as "
+        "expected, and this memory changes: it was looked at again, and the prediction compared "
+        "is for that pace"
+    )
 
 
 def _require_time(scan: Scan, ksm: Ksm, timeout_seconds: float) -> None:
