@@ -18,6 +18,7 @@ COMMANDS: Final = {
     "apply": "Make memory mergeable, wait for ksmd, compare its counters with the prediction.",
     "run": "Start a command with all its memory mergeable.",
     "tune": "Measure what ksmd's work costs on this host.",
+    "status": "Show what KSM saves and costs on this host now.",
     "restore": "Put back what an interrupted run of ours left changed.",
 }
 """Commands with a line of help each; the module is `dedup.cli.<name>`, its object `command`."""
