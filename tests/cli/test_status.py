@@ -101,31 +101,34 @@ def test_colours_and_a_pipe(dedup: Dedup) -> None:
 
 @pytest.mark.ksm
 @pytest.mark.root
-def test_against_the_counters(ksm: KsmControl, dedup: Dedup, target: Target) -> None:
-    target.do("map", name="a", pages=700)
-    target.do("put", name="a", at=0, what=["zero"] * 300 + ["x"] * 200 + ["unique"] * 200)
-    target.do("advise", name="a", what="mergeable")
-    ksm.set(use_zero_pages=1)
-    counters = ksm.converge()
-    before = ksm.ksm.tunables()
-    data = dedup("status", "--no-sample", "--json").json
-    assert data["counters"]["ksm_zero_pages"] == 300
-    assert data["counters"]["pages_sharing"] == 199
-    assert data["saved"]["freed_bytes"] == 499 * PAGE
-    assert data["saved"]["saved_bytes"] == counters.general_profit - 64
-    assert data["saved"]["stale"] is True
-    assert {"name": "use_zero_pages", "value": 1, "default": 0} in data["changed_tunables"]
-    (mine,) = [g for g in data["groups"] if g["pid"] == target.pid]
-    assert (mine["ksm_zero_pages"], mine["ksm_merging_pages"]) == (300, 200)
-    assert mine["ksm_mergeable"] is True
-    assert mine["ksm_merge_any"] is False
-    (group,) = dedup("status", "--no-sample", "--json", "--by", "name", "--top", "1").json["groups"]
-    assert group["ksm_merging_pages"] == 200
-    assert "KSM saves 1.9 MiB at most" in dedup("status", "--no-sample").out
-    assert ksm.ksm.tunables() == before
-    target.do("put", name="a", at=300, what=["unique"] * 200)
-    # ksmd rests, so nothing tells it.
-    assert dedup("status", "--no-sample", "--json").json["counters"]["pages_sharing"] == 199
+def test_against_the_counters(ksm: KsmControl, dedup: Dedup) -> None:
+    with Target() as target:
+        target.do("map", name="a", pages=700)
+        target.do("put", name="a", at=0, what=["zero"] * 300 + ["x"] * 200 + ["unique"] * 200)
+        target.do("advise", name="a", what="mergeable")
+        ksm.set(use_zero_pages=1)
+        counters = ksm.converge()
+        before = ksm.ksm.tunables()
+        data = dedup("status", "--no-sample", "--json").json
+        assert data["counters"]["ksm_zero_pages"] == 300
+        assert data["counters"]["pages_sharing"] == 199
+        assert data["saved"]["freed_bytes"] == 499 * PAGE
+        assert data["saved"]["saved_bytes"] == counters.general_profit - 64
+        assert data["saved"]["stale"] is True
+        assert {"name": "use_zero_pages", "value": 1, "default": 0} in data["changed_tunables"]
+        (mine,) = [g for g in data["groups"] if g["pid"] == target.pid]
+        assert (mine["ksm_zero_pages"], mine["ksm_merging_pages"]) == (300, 200)
+        assert mine["ksm_mergeable"] is True
+        assert mine["ksm_merge_any"] is False
+        (group,) = dedup("status", "--no-sample", "--json", "--by", "name", "--top", "1").json[
+            "groups"
+        ]
+        assert group["ksm_merging_pages"] == 200
+        assert "KSM saves 1.9 MiB at most" in dedup("status", "--no-sample").out
+        assert ksm.ksm.tunables() == before
+        target.do("put", name="a", at=300, what=["unique"] * 200)
+        # ksmd rests, so nothing tells it.
+        assert dedup("status", "--no-sample", "--json").json["counters"]["pages_sharing"] == 199
 
 
 @pytest.mark.ksm
