@@ -32,7 +32,7 @@ from dedup.kernel import (
 )
 from dedup.kernel import ksm as interface
 from dedup.kernel.ksm import PAGE_BYTES, RUN_MERGE, RUN_UNMERGE, Ksm
-from dedup.kernel.ksmd import Ksmd
+from dedup.kernel.ksmd import Ksmd, cpu_vectors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -598,8 +598,8 @@ def _randomisation(look: _Look) -> Finding | None:
     return Finding(
         "note",
         f"addresses are randomised (kernel.randomize_va_space={value})",
-        "pages with pointers differ between like processes: four of Python with NumPy merged "
-        "6,471 pages with it and 12,230 without, three of redis 578 and 1,289",
+        "pages with pointers differ between like processes: on one machine, four of Python with "
+        "NumPy merged 6,471 pages with it and 12,230 without, three of redis 578 and 1,289",
         "`dedup run --no-randomize -- CMD`, for programs that may do without the protection",
     )
 
@@ -760,7 +760,7 @@ def _journal(look: _Look) -> Finding:
     return Finding("limited", f"{who} {names} changed", "figures are for that", "`dedup restore`")
 
 
-def _hash(_look: _Look) -> Finding:
+def _hash(look: _Look) -> Finding:
     source, _, symbol = memory.load_hash(PAGE_BYTES).partition(":")
     if source == "python":
         return Finding(
@@ -769,7 +769,8 @@ def _hash(_look: _Look) -> Finding:
             "scans take many times as long",
             "install xxhash anew: `pip install --force-reinstall xxhash`",
         )
-    return Finding("ok", f"{symbol} of {source}")
+    vectors = cpu_vectors(look.host.proc)
+    return Finding("ok", f"{symbol} of {source}" + (f", on {vectors}" if vectors else ""))
 
 
 def _threads(_look: _Look) -> Finding:

@@ -158,6 +158,7 @@ def test_ksmd_out_of_sight(tmp_path: Path) -> None:
 @pytest.mark.root
 def test_real_memory(ksm: KsmControl, target: Target) -> None:
     with Target(user=65534) as other:
+        ksm.alone()
         for process, equal in ((target, 300), (other, 200)):
             process.do("map", name="a", pages=400)
             process.do("put", name="a", at=0, what=["x"] * equal + ["unique"] * (400 - equal))
