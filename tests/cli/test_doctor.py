@@ -192,6 +192,13 @@ def test_a_seccomp_filter(dedup: Dedup) -> None:
     assert "seccomp" in found["prctl"]["way_out"]
 
 
+@pytest.mark.ksm
+@pytest.mark.root
+def test_begun_with_mergeable_memory(dedup: Dedup) -> None:
+    found = checks(dedup, prefix=(sys.executable, "-m", "dedup", "run", "--"))
+    assert "is on for dedup itself" in found["prctl"]["found"]
+
+
 def test_our_own_process_is_left_as_it_is() -> None:
     show = (
         "from dedup.observe.doctor import examine; from dedup.kernel.advise import merge_any\n"

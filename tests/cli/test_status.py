@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -87,6 +88,20 @@ def test_in_namespaces_and_without_capabilities(dedup: Dedup, prefix: tuple[str,
     data = dedup("status", "--no-sample", "--json", prefix=prefix).json
     assert (data["ksmd"]["cpu_seconds"] is None) is (prefix[0] == "unshare")
     assert dedup("status", "--no-sample", prefix=prefix).status == 0
+
+
+@needs_ksm
+@pytest.mark.root
+def test_settings_changed_for_now(dedup: Dedup, tmp_path: Path) -> None:
+    entry = {"path": "/sys/kernel/mm/ksm/pages_to_scan", "before": "7", "after": "8"}
+    (tmp_path / "journal").write_text(json.dumps(entry) + "\n")
+    script = f'mkdir -p /run/dedup; mount --bind {tmp_path} /run/dedup; exec "$@"'
+    prefix = ("unshare", "--mount", "sh", "-ec", script, "sh")
+    (words,) = dedup("status", "--no-sample", "--json", prefix=prefix).json["changed_for_now"]
+    assert "has changed pages_to_scan for the moment" in words
+    assert "changed pages_to_scan" in " ".join(
+        dedup("status", "--no-sample", prefix=prefix).out.split()
+    )
 
 
 @needs_ksm

@@ -12,6 +12,8 @@ from dedup.errors import Unsupported
 from dedup.kernel import ksm as interface
 from dedup.kernel.ksm import Ksm
 from tests.kernel_fixtures import KsmControl, Target
+from tests.outsiders import VFORK_SOURCE, started
+from tests.waits import build
 
 
 def test_a_kernel_without_ksm(tmp_path: Path) -> None:
@@ -83,6 +85,19 @@ def test_uses(target: Target) -> None:
     hidden, found = map(int, other.stdout.split())
     assert hidden > 0
     assert found == 0
+
+
+@pytest.mark.ksm
+@pytest.mark.root
+def test_one_address_space_counts_once() -> None:
+    """A parent of vfork and its child, before the child's exec."""
+    run = [sys.executable, "-m", "dedup", "run", "--", str(build(VFORK_SOURCE))]
+    with started(run) as process:
+        (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for pid in (child, str(process.pid)):
+            assert "ksm_merge_any: yes" in Path(f"/proc/{pid}/ksm_stat").read_text()
+        found = [use.info.id.pid for use in interface.uses().found]
+        assert found.count(process.pid) + found.count(int(child)) == 1
 
 
 @pytest.mark.ksm
