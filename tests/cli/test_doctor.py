@@ -303,6 +303,7 @@ def test_settings_of_ksm(ksm: KsmControl, dedup: Dedup) -> None:
 @pytest.mark.root
 def test_users_that_do_not_trust_each_other(ksm: KsmControl, dedup: Dedup) -> None:
     with Target() as one, Target(user=65534) as other:
+        ksm.alone()
         one.do("map", name="a", pages=4)
         one.do("advise", name="a", what="mergeable")
         finding = checks(dedup)["mergeable"]
@@ -314,4 +315,3 @@ def test_users_that_do_not_trust_each_other(ksm: KsmControl, dedup: Dedup) -> No
         assert finding["state"] == "note"
         assert finding["found"] == "2 processes are mergeable, of nobody, root"
         assert "2 users" in finding["meaning"]
-    ksm.alone()
