@@ -42,6 +42,9 @@ cdef extern from *:
     #ifndef PR_SET_MEMORY_MERGE
     #define PR_SET_MEMORY_MERGE 67
     #endif
+    #ifndef PR_GET_MEMORY_MERGE
+    #define PR_GET_MEMORY_MERGE 68
+    #endif
 
     static inline int64_t dedup_fetch_add(int64_t *p, int64_t v)
     { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
@@ -74,6 +77,7 @@ cdef extern from *:
 
     unsigned long DEDUP_PAGEMAP_SCAN
     int PR_SET_MEMORY_MERGE
+    int PR_GET_MEMORY_MERGE
 
 cdef extern from "<sys/uio.h>" nogil:
     cdef struct iovec:

@@ -152,6 +152,37 @@ def prctl_memory_merge(int on):
         raise _os_error(errno, "prctl(PR_SET_MEMORY_MERGE)")
 
 
+def prctl_get_memory_merge():
+    """PR_GET_MEMORY_MERGE of the calling process: 0 or 1.
+
+    Raises
+    ------
+    OSError
+        EINVAL where the kernel has no such option (before Linux 6.4).
+    """
+    cdef unsigned long nothing = 0
+    cdef int on = c_prctl(PR_GET_MEMORY_MERGE, nothing, nothing, nothing, nothing)
+    if on < 0:
+        raise _os_error(errno, "prctl(PR_GET_MEMORY_MERGE)")
+    return on
+
+
+def probe_process_vm_readv():
+    """Read 8 bytes of our own with process_vm_readv(2), to see whether the call works.
+
+    Raises
+    ------
+    OSError
+        ENOSYS where the kernel has no such call, EPERM where a seccomp filter forbids it.
+    """
+    cdef uint64_t there = 1, here = 0
+    cdef iovec local, remote
+    local.iov_base, local.iov_len = &here, 8
+    remote.iov_base, remote.iov_len = &there, 8
+    if process_vm_readv(os.getpid(), &local, 1, &remote, 1, 0) != 8:
+        raise _os_error(errno, "process_vm_readv")
+
+
 # What a page looks like, as `look_like` says it.
 LOOK_NONE = 0        # not there any more, or not ours to read
 LOOK_CHANGED = 1

@@ -208,7 +208,7 @@ def _choice(scan: Scan, pids: set[int]) -> Choice:
     pages = scan.pages
     mine = [p.id.pid in pids for p in pages.processes]
     free = np.array([r.scanned and not r.advised and mine[r.process] for r in pages.regions])
-    most = limits.max_map_count() - SPARE_MAPPINGS
+    most = (limits.read().max_map_count or limits.DEFAULT_MAX_MAP_COUNT) - SPARE_MAPPINGS
     mappings = [0] * len(pages.processes)
     for region in pages.regions:
         mappings[region.process] += 1

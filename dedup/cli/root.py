@@ -18,6 +18,8 @@ COMMANDS: Final = {
     "apply": "Make memory mergeable, wait for ksmd, compare its counters with the prediction.",
     "run": "Start a command with all its memory mergeable.",
     "tune": "Measure what ksmd's work costs on this host.",
+    "status": "Show what KSM saves and costs on this host now.",
+    "doctor": "Say what this host, kernel and user can't do, and the way out.",
     "restore": "Put back what an interrupted run of ours left changed.",
 }
 """Commands with a line of help each; the module is `dedup.cli.<name>`, its object `command`."""

@@ -76,3 +76,21 @@ def set_merge_any(on: bool) -> None:
                 "prctl(PR_SET_MEMORY_MERGE) is forbidden here (a seccomp filter?)", ""
             ) from e
         raise
+
+
+def merge_any() -> bool | None:
+    """Whether all memory of this process is mergeable; None where the kernel has no such prctl.
+
+    It asks, and changes nothing.
+
+    Raises
+    ------
+    NotPermitted
+        A seccomp filter forbids it.
+    """
+    try:
+        return bool(_core.prctl_get_memory_merge())
+    except OSError as e:
+        if e.errno == errno.EINVAL:
+            return None
+        raise NotPermitted(f"prctl(PR_GET_MEMORY_MERGE) is forbidden here: {e.strerror}", "") from e

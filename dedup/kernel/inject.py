@@ -98,6 +98,11 @@ _ARCHITECTURES: Final = {
 }
 
 
+def supported() -> bool:
+    """Whether this build can put system calls into processes of this machine."""
+    return bool(_core.INJECT_ARCHITECTURE) and platform.machine() in _ARCHITECTURES
+
+
 @dataclass(frozen=True, slots=True)
 class Stop:
     """One stop of one thread."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from dedup.errors import NotPermitted, OutputFailed, Unsupported
 
 if TYPE_CHECKING:
-    from dedup.kernel.processes import Handle
+    from dedup.kernel.processes import Handle, Info
 
 ROOT: Final = Path("/sys/kernel/mm/ksm")
 
@@ -42,6 +42,22 @@ TUNABLES: Final = (
     "advisor_target_scan_time",
 )
 """Files that can be written. A kernel has those of its age; absent ones are left out."""
+
+DEFAULTS: Final[dict[str, int | str]] = {
+    "pages_to_scan": 100,
+    "sleep_millisecs": 20,
+    "max_page_sharing": 256,
+    "merge_across_nodes": 1,
+    "use_zero_pages": 0,
+    "smart_scan": 1,
+    "stable_node_chains_prune_millisecs": 2000,
+    "advisor_mode": "none",
+    "advisor_max_cpu": 70,
+    "advisor_min_pages_to_scan": 500,
+    "advisor_max_pages_to_scan": 30000,
+    "advisor_target_scan_time": 200,
+}
+"""What a kernel begins with (mm/ksm.c); `run` is the distribution's affair."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +184,13 @@ class Ksm:
             values[name] = int(text) if text.lstrip("-").isdigit() else text
         return values
 
+    def files(self) -> frozenset[str]:
+        """Names of the counters and tunables that this kernel has; none without KSM."""
+        try:
+            return frozenset(os.listdir(self.root))
+        except OSError:
+            return frozenset()
+
     def writable(self) -> bool:
         """Whether we may write the tunables."""
         return os.access(self.root / "run", os.W_OK)
@@ -235,19 +258,53 @@ def process_counters(handle: Handle) -> ProcessCounters | None:
     )
 
 
-def users(proc: Path = Path("/proc")) -> dict[int, str]:
-    """Processes that KSM works for, or would: pid and name. Root sees all of them."""
-    from dedup.errors import NoSuchProcess
-    from dedup.kernel.processes import Handle, pids
+@dataclass(frozen=True, slots=True)
+class Use:
+    """A process that KSM works for, or would."""
 
-    found = {}
+    info: Info
+    counters: ProcessCounters
+
+
+@dataclass(frozen=True, slots=True)
+class Uses:
+    """All of them, ascending by pid."""
+
+    found: tuple[Use, ...]
+    hidden: int
+    """Processes whose ksm_stat we may not read (mode 0400)."""
+    told: bool
+    """Whether this kernel has ksm_stat."""
+
+
+def uses(proc: Path = Path("/proc")) -> Uses:
+    """Look at each process; two that share one address space count once."""
+    from dedup.errors import NoSuchProcess
+    from dedup.kernel.processes import Handle, joins, pids
+
+    found: list[Use] = []
+    seen: list[int] = []
+    hidden = 0
     for pid in pids(proc):
         try:
             with Handle(pid, proc) as handle:
+                if handle.info.kernel_thread or handle.info.state in {"Z", "X"}:
+                    continue
                 c = process_counters(handle)
-                name = handle.info.name
-        except (NoSuchProcess, NotPermitted):
-            continue  # ended meanwhile, or hidden from us
-        if c is not None and (c.ksm_rmap_items or c.ksm_mergeable or c.ksm_merge_any):
-            found[pid] = name
-    return found
+                info = handle.info
+        except NoSuchProcess:
+            continue  # ended meanwhile
+        except NotPermitted:
+            hidden += 1  # by hidepid
+            continue
+        if c is None:
+            hidden += 1
+        elif (c.ksm_rmap_items or c.ksm_mergeable or c.ksm_merge_any) and not joins(pid, seen):
+            found.append(Use(info, c))
+    told = (proc / "self" / "ksm_stat").exists()
+    return Uses(tuple(found), hidden if told else 0, told)
+
+
+def users(proc: Path = Path("/proc")) -> dict[int, str]:
+    """Processes that KSM works for, or would: pid and name. Root sees all of them."""
+    return {use.info.id.pid: use.info.name for use in uses(proc).found}

@@ -105,3 +105,14 @@ def cpu_model(proc: Path = PROC) -> str:
         return found[1].strip()
     numbers = re.findall(r"^CPU (?:implementer|part)\s*:\s*(\S+)", text, re.MULTILINE)
     return " ".join(numbers[:2]) or os.uname().machine
+
+
+_VECTORS: Final = {"avx512f": "AVX-512", "avx2": "AVX2", "sve": "SVE", "asimd": "NEON"}
+
+
+def cpu_vectors(proc: Path = PROC) -> str:
+    """The widest vector unit of the processor that hashing may use; empty where none is told."""
+    text = (proc / "cpuinfo").read_text(errors="replace")
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    flags = set(found[1].split()) if found else set()
+    return next((words for flag, words in _VECTORS.items() if flag in flags), "")

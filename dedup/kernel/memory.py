@@ -66,6 +66,15 @@ def default_threads() -> int:
     return max(1, cores)
 
 
+def fast_path() -> str:
+    """Why process_vm_readv can't be used here; empty where it works."""
+    try:
+        _core.probe_process_vm_readv()
+    except OSError as e:
+        return os.strerror(e.errno or 0)
+    return ""
+
+
 @dataclass(slots=True)
 class Target:
     """A process to read, or our own memory, and the address ranges wanted."""

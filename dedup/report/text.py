@@ -14,6 +14,7 @@ from rich.text import Text
 from dedup.report import price, summary
 from dedup.report.hints import as_root, typable
 from dedup.report.names import ANONYMOUS, safe, shorten
+from dedup.report.table import Column, fitting
 from dedup.report.why import FREED_CODES, KERNELS_OWN, NO_MEMORY, Why
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ TOP: Final = 8
 TOP_LEAST: Final = 3
 """Rows of a table, and of one in which nothing would merge."""
 TOP_CONTENTS: Final = 5
-NAME_LEAST: Final = 14
-"""Columns that a name gets before others are left out for it."""
 TWO_COLUMNS_FROM: Final = 72
 NAMES: Final = 2
 """Names listed, where there are many."""
@@ -69,15 +68,6 @@ def span(low: int, high: int, *, in_bytes: bool = False) -> str:
     words = size if in_bytes else "{:,}".format
     # Two sizes that read alike are one to the eye.
     return " to ".join(dict.fromkeys((words(low), words(high))))
-
-
-@dataclass(slots=True)
-class Column:
-    """A column of a table; those with the lowest `keep` go first where it is narrow."""
-
-    header: str
-    keep: int
-    right: bool = True
 
 
 @dataclass(slots=True)
@@ -355,29 +345,8 @@ class View:
     def _table(
         self, columns: Sequence[Column], rows: Iterable[Sequence[str]], *, flexible: int = -1
     ) -> RenderableType:
-        """A table that fits: names shortened, columns left out where it is narrow.
-
-        The column `flexible` holds names, unsafe as they are.
-        """
-        flexible %= len(columns)
-        table = [[c.header for c in columns], *([*row] for row in rows)]
-        shown = list(range(len(columns)))
-        room = self.width - 2
-
-        def rest() -> int:
-            fixed = [i for i in shown if i != flexible]
-            return room - sum(max(len(row[i]) for row in table) + 2 for i in fixed)
-
-        while rest() < NAME_LEAST and len(shown) > 2:
-            shown.remove(min((i for i in shown if i != flexible), key=lambda i: columns[i].keep))
-        out = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-        for i in shown:
-            right = columns[i].right
-            out.add_column(columns[i].header, justify="right" if right else "left", no_wrap=True)
-        for row in table[1:]:
-            row[flexible] = shorten(row[flexible], max(4, rest()), plain=self.plain)
-            out.add_row(*(Text(row[i]) for i in shown))
-        return Padding(out, (0, 0, 0, 2))
+        """A table that fits this view's width."""
+        return fitting(columns, rows, self.width, plain=self.plain, flexible=flexible)
 
     def _services(self, by: By) -> list[RenderableType]:
         page = self.scan.pages.page_size

@@ -79,3 +79,18 @@ def test_its_work_takes_cpu_time(ksm: KsmControl, target: Target) -> None:
     ksm.converge()
     used = thread.cpu_ns() - before
     assert 2000 * 100 < used < time.monotonic_ns() - begin
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("flags\t\t: fpu sse2 avx2 avx512f", "AVX-512"),
+        ("flags\t\t: fpu sse2 avx2", "AVX2"),
+        ("Features\t: fp asimd", "NEON"),
+        ("flags\t\t: fpu xavx2", ""),
+        ("other : avx2", ""),
+    ],
+)
+def test_vectors(tmp_path: Path, line: str, words: str) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n")
+    assert ksmd.cpu_vectors(tmp_path) == words
