@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -17,15 +18,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.serving import serving
 from dedup.change.tunables import Tunables
 from dedup.kernel.ksm import Ksm
-
-FRAME = (1 << 55) - 1
-PAGE = 4096
-KPF_KSM = 21
 
 
 def dedup(*words: str) -> tuple[int, dict[str, Any]]:
@@ -36,21 +31,10 @@ def dedup(*words: str) -> tuple[int, dict[str, Any]]:
     return done.returncode, json.loads(done.stdout)
 
 
-def ksm_frames(pid: int) -> int:
-    """Pages of a process whose frame is still a KSM page."""
-    found = 0
-    with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap, \
-            open("/proc/kpageflags", "rb", buffering=0) as kpageflags:  # fmt: skip
-        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-            start, end = (int(x, 16) for x in line.split()[0].split("-"))
-            if line.endswith("[vsyscall]"):
-                continue
-            pagemap.seek(start // PAGE * 8)
-            words = np.frombuffer(pagemap.read((end - start) // PAGE * 8), np.uint64)
-            for word in words[(words >> np.uint64(63)) == 1].tolist():
-                kpageflags.seek((word & FRAME) * 8)
-                found += int.from_bytes(kpageflags.read(8), "little") >> KPF_KSM & 1
-    return found
+def ksm_pages(pid: int) -> int:
+    """Pages of a process that are KSM pages."""
+    text = Path(f"/proc/{pid}/smaps").read_text()
+    return sum(int(kb) for kb in re.findall(r"^KSM: +(\d+) kB", text, re.MULTILINE)) // 4
 
 
 def main() -> int:
@@ -76,7 +60,7 @@ def main() -> int:
                 print(done)
                 return 1
             stopped["made mergeable"] += [m["stopped_seconds"] * 1e3 for m in done["marked"]]
-            merged = sum(map(ksm_frames, servers.pids))
+            merged = sum(map(ksm_pages, servers.pids))
             predicted, actual = done["predicted"], done["actual"]
             print(
                 f"status {status}: pages_sharing predicted {predicted['pages_sharing']} "
@@ -87,7 +71,7 @@ def main() -> int:
             )
             _, undone = dedup("apply", "--undo")
             stopped["undone"] += [p["stopped_seconds"] * 1e3 for p in undone["processes"]]
-            left = sum(map(ksm_frames, servers.pids))
+            left = sum(map(ksm_pages, servers.pids))
             print(f"undone: {left} KSM pages mapped")
             for warning in done["warnings"]:
                 print(" ", warning)

@@ -129,7 +129,7 @@ def serving(count: int, keys: int = 0, words: tuple[str, ...] = ()) -> Iterator[
         after = [c.number("total_connections_received") for c in clients]
         errors = [c.number("total_error_replies") for c in clients]
         found.served = sum(c.number("total_commands_processed") for c in clients)
-        found.problems += [f"{p.args} ended" for p in servers + loads if p.poll() is not None]
+        found.problems += [f"{p.args!r} ended" for p in servers + loads if p.poll() is not None]
         found.problems += [f"{b - a} new connections" for a, b in zip(before, after, strict=True)
                            if a != b]  # fmt: skip
         found.problems += [f"{e} error replies" for e in errors if e]

@@ -69,6 +69,8 @@ class Application:
     """Others use KSM on this host: the comparison is the sum over the processes."""
     processes: list[ProcessOutcome]
     full_scans: int
+    broken_pages: float | None
+    """Merged pages that were written to in a full scan, at the end; None where not known."""
     seconds: float
     memory_before: meminfo.Memory
     memory_after: meminfo.Memory
@@ -179,7 +181,7 @@ def apply(
         counted = _read_all(followed)
         now, alone = ksm.tunables(), alone and _alone(ksm, followed)
         warnings += [*others_at_the_knobs(), *_changed(scan.tunables, now)]
-        scan = _under_both(scan, now)
+        scan = _rewritten(_under_both(scan, now), done.broken_pages)
         if ksm.running:
             # Each page that ksmd visits is in neither tree for a moment.
             tolerance = max(tolerance, 1)
@@ -192,6 +194,7 @@ def apply(
             by_process=not alone,
             processes=_outcomes(scan, counted),
             full_scans=done.full_scans,
+            broken_pages=done.broken_pages,
             seconds=done.seconds,
             memory_before=before,
             memory_after=meminfo.read(),
@@ -318,6 +321,14 @@ def _under_both(scan: Scan, now: Mapping[str, int | str]) -> Scan:
     both = steady.seen([scan.prediction, after])
     # By smart scan's forecast too, since that has one number for the old rules alone.
     return replace(scan, prediction=both, smart_scan=None)
+
+
+def _rewritten(scan: Scan, broken_pages: float | None) -> Scan:
+    """The scan, with what writes break all the time as a range."""
+    if not broken_pages:
+        return scan
+    size = scan.pages.page_size
+    return replace(scan, prediction=steady.rewritten(scan.prediction, broken_pages, size))
 
 
 def _least_scans(scan: Scan, *, smart: bool) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from dedup.errors import CheckFailed, KsmNotRunning
+from dedup.kernel import vmstat
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,6 +31,9 @@ class Convergence:
     counters: Counters
     full_scans: int
     seconds: float
+    broken_pages: float | None
+    """Merged pages broken by writes in a full scan, at the end (cow_ksm), by whomever; None where
+    the kernel does not count them."""
 
 
 def converge(
@@ -65,16 +69,25 @@ def converge(
     begin = time.monotonic()
     first = since = ksm.counters().full_scans
     last: tuple[int, ...] | None = None
+    broken: int | None = None
     while True:
         now = ksm.counters()
         figures = settled() if settled else now.settled()
         if last is None or any(
             abs(a - b) > slack_pages for a, b in zip(figures, last, strict=True)
         ):
-            last, since = figures, now.full_scans
+            last, since, broken = figures, now.full_scans, vmstat.events().cow_ksm
         # A scan is under way when the figures are read: one more makes it whole.
         if now.full_scans - first >= least_scans and now.full_scans - since > STILL_SCANS:
-            return Convergence(now, now.full_scans - first, time.monotonic() - begin)
+            events = vmstat.events().cow_ksm
+            return Convergence(
+                counters=now,
+                full_scans=now.full_scans - first,
+                seconds=time.monotonic() - begin,
+                broken_pages=None
+                if events is None or broken is None
+                else (events - broken) / (now.full_scans - since),
+            )
         if progress is not None:
             progress(now)
         _require_running(ksm, begin, timeout_seconds, now, first)

@@ -181,9 +181,7 @@ class _Runs:
         for process in np.unique(self.process).tolist():
             rows = np.flatnonzero(self.process == process)
             left = mappings_left.get(process, 0) // MAPPINGS_OF_RANGE
-            price = float(RANGE_BYTES)
-            while len(segments := _segments(windows[rows], region[rows], price)) > left:
-                price *= 2
+            segments = _at_most(left, windows[rows], region[rows])
             cut = [self._cut(int(rows[low]), int(rows[high]), value) for low, high in segments]
             found = _joined([piece for piece in cut if piece is not None])
             if not found:
@@ -229,6 +227,20 @@ def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             found.append((start, stop))
     return found
+
+
+def _at_most(number: int, net: F64, region: I64) -> list[tuple[int, int]]:
+    """Segments of large worth, so many at the most: a dearer range makes fewer of them."""
+    price = float(RANGE_BYTES)
+    best: list[tuple[int, int]] = []
+
+    def worth(segment: tuple[int, int]) -> float:
+        return float(net[segment[0] : segment[1] + 1].sum())
+
+    while len(segments := _segments(net, region, price)) > number:
+        best = sorted(sorted(segments, key=worth)[len(segments) - number :])
+        price *= 2
+    return max(best, segments, key=lambda found: sum(map(worth, found)))
 
 
 def _segments(net: F64, region: I64, price: float) -> list[tuple[int, int]]:

@@ -50,6 +50,10 @@ class Looks:
     """Whether the steady state lies beyond the last one."""
 
 
+REMERGE_SCANS: Final = 1.25
+"""Full scans for which a page that is broken stays apart, at the most: one, and how rates vary."""
+
+
 def looks(full_scan_seconds: float) -> Looks:
     """When to look, for ksmd's full scan of this time.
 
@@ -172,6 +176,51 @@ def at_the_most(last: Prediction, kept: float, page_size: int) -> Prediction:
     values: dict[str, Any] = {n: None if s[0] != s[1] else s[0] for n, s in found.items()}
     bounds = {n: s for n, s in found.items() if s[0] != s[1]}
     return replace(last, **values, bounds={**last.bounds, **bounds})
+
+
+def rewritten(last: Prediction, broken_pages: float, page_size: int) -> Prediction:
+    """What was predicted, as a range where programs write again what merged pages hold already.
+
+    No look sees that, since the content stays; the kernel counts it (cow_ksm). Such a page merges
+    anew when ksmd comes by: within a full scan, since its checksum is the one that ksmd knows.
+
+    Parameters
+    ----------
+    last : Prediction
+    broken_pages : float
+        Merged pages that are written to in a full scan.
+    page_size : int
+    """
+    pages = merged(last)
+    lost = min(pages, REMERGE_SCANS * broken_pages)
+    if lost < 1:
+        return last
+    out = at_the_most(last, 1 - lost / pages, page_size)
+    chains = {n: (0, reach(last, n)[1]) for n in ("stable_node_chains", "stable_node_dups")}
+    fewer = math.ceil(lost)
+    processes = []
+    for process in out.processes:
+        low, high = reach(process, "ksm_merging_pages")
+        profit = reach(process, "ksm_process_profit")
+        processes.append(
+            replace(
+                process,
+                ksm_merging_pages=None,
+                ksm_process_profit=None,
+                bounds={
+                    **process.bounds,
+                    "ksm_merging_pages": (max(0, low - fewer), high),
+                    "ksm_process_profit": (profit[0] - fewer * page_size, profit[1]),
+                },
+            )
+        )
+    return replace(
+        out,
+        stable_node_chains=None,
+        stable_node_dups=None,
+        bounds={**out.bounds, **chains},
+        processes=processes,
+    )
 
 
 def seen(predictions: Sequence[Prediction]) -> Prediction:

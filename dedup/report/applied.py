@@ -105,6 +105,7 @@ def application_object(a: Application) -> dict[str, Any]:
             for p in a.processes
         ],
         full_scans=a.full_scans,
+        broken_pages=a.broken_pages,
         seconds=a.seconds,
         memory={
             when: {
@@ -227,6 +228,11 @@ def application_lines(a: Application) -> list[str]:
         f"{verdict} ({tolerance}); {a.full_scans} full scans in {a.seconds:.1f} s",
         f"the host since: AnonPages {anon / mib:+.1f} MiB, free {free / mib:+.1f} MiB",
     ]
+    if a.broken_pages:
+        lines.append(
+            f"{a.broken_pages:,.0f} merged pages were written to in each full scan: until ksmd "
+            "comes by again they are not merged, which makes a range of the prediction"
+        )
     if a.by_process:
         lines.append("others use KSM too: the figures are the sum over the chosen processes")
     if a.smart_scan:
