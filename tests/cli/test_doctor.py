@@ -304,6 +304,7 @@ def test_settings_of_ksm(ksm: KsmControl, dedup: Dedup) -> None:
     assert "advisor" in found["knobs"]["found"]
     assert "echo none > " in found["knobs"]["way_out"]
     after = ksm.ksm.tunables()
+    ksm.set(advisor_mode="none")  # which sets pages_to_scan anew
     assert {**after, "pages_to_scan": 0} == {**before, "pages_to_scan": 0}
 
 
