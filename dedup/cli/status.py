@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -12,6 +12,8 @@ from dedup.cli.root import Exemplified
 
 if TYPE_CHECKING:
     from dedup.cli.output import Output
+
+BAR_SECONDS: Final = 3.0
 
 
 def _seconds(_ctx: click.Context, _param: click.Parameter, value: float) -> float:
@@ -55,8 +57,10 @@ def command(output: Output, by: Any, top: int, interval: float, no_sample: bool)
     from dedup.observe.status import collect, groups
     from dedup.report import status as report
 
+    seconds = 0.0 if no_sample else interval
     with output.progress() as progress:
-        status = collect(0.0 if no_sample else interval, progress=progress)
+        # A bar for a moment only flickers.
+        status = collect(seconds, progress=progress if seconds > BAR_SECONDS else None)
     ranked = groups(status.uses.found, by)
     if output.json:
         output.result(report.status_object(status, by, ranked, top))

@@ -7,6 +7,7 @@ Documentation/filesystems/proc.rst (hidepid).
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,11 +57,12 @@ def read(proc: Path = PROC, security: Path = SECURITY) -> Privileges:
     """Read them; what can't be read counts as absent."""
     status = _text(proc / "self/status")
     effective = int(_field("CapEff", status) or "0", 16)
+    uids = _field("Uid", status).split()
     users = _text(proc / "self/uid_map").split()
     yama = _text(proc / "sys/kernel/yama/ptrace_scope").strip()
     lockdown = re.search(r"\[(\w+)]", _text(security / "lockdown"))
     return Privileges(
-        uid=int((_field("Uid", status) or "-1 -1").split()[1]),
+        uid=int(uids[1]) if uids else os.geteuid(),
         capabilities=frozenset(n for n, bit in CAPABILITIES.items() if effective >> bit & 1),
         initial=not users or [int(n) for n in users] == [0, 0, WHOLE],
         seccomp=int(_field("Seccomp", status) or 0),

@@ -170,6 +170,17 @@ class _Look:
 # -- the kernel ------------------------------------------------------------------------------------
 
 
+def _proc(look: _Look) -> Finding | None:
+    if (look.host.proc / "self").exists():
+        return None
+    return Finding(
+        "cannot",
+        f"procfs is not mounted on {look.host.proc}",
+        "no process can be seen, let alone read",
+        "`mount -t proc proc /proc`",
+    )
+
+
 def _ksm(look: _Look) -> Finding:
     if look.ksm.present:
         return Finding("ok", f"in this kernel; pages of {PAGE_BYTES // 1024} KiB")
@@ -779,7 +790,7 @@ def _threads(_look: _Look) -> Finding:
 
 
 TOPICS: Final[dict[str, tuple[Callable[[_Look], Finding | None], ...]]] = {
-    "Kernel": (_ksm, _ksmd, _prctl, _counters, _ksm_stat, _smaps, _vmstat),
+    "Kernel": (_proc, _ksm, _ksmd, _prctl, _counters, _ksm_stat, _smaps, _vmstat),
     "Reading memory": (
         _frames, _pagemap_scan, _page_flags, _process_vm_readv, _other_processes, _hidepid,
     ),

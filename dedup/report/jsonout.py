@@ -32,7 +32,7 @@ def envelope(kind: str, **fields: Any) -> dict[str, Any]:
     Parameters
     ----------
     kind : str
-        `scan`, `apply`, `self_test`, `restore`, `error`.
+        `scan`, `apply`, `self_test`, `restore`, `status`, `doctor`, `error`.
     **fields
         What it holds, in this order.
     """

@@ -143,6 +143,14 @@ def test_no_sysfs(dedup: Dedup) -> None:
 
 
 @as_root
+def test_no_procfs(dedup: Dedup) -> None:
+    data = dedup("doctor", "--json", prefix=mounted("mount -t tmpfs none /proc")).json
+    found = {c["name"]: c for c in data["checks"]}
+    assert "not mounted" in found["proc"]["found"]
+    assert "could not be looked at" in found["frames"]["found"]
+
+
+@as_root
 def test_root_without_capabilities(dedup: Dedup) -> None:
     found = checks(dedup, prefix=("setpriv", "--bounding-set=-all", "--inh-caps=-all"))
     assert found["frames"]["state"] == "limited"
@@ -296,6 +304,7 @@ def test_settings_of_ksm(ksm: KsmControl, dedup: Dedup) -> None:
     assert "advisor" in found["knobs"]["found"]
     assert "echo none > " in found["knobs"]["way_out"]
     after = ksm.ksm.tunables()
+    ksm.set(advisor_mode="none")  # which sets pages_to_scan anew
     assert {**after, "pages_to_scan": 0} == {**before, "pages_to_scan": 0}
 
 

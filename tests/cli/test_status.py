@@ -161,6 +161,24 @@ def test_somebody_else_at_the_knobs(ksm: KsmControl, dedup: Dedup) -> None:
             data = dedup("status", "--no-sample", "--json").json
         finally:
             other.communicate(b"\n")
+            ksm.set(advisor_mode="none")  # which sets pages_to_scan anew
     assert len(data["others"]) == 2
     assert f"ksmtuned (pid {other.pid})" in data["others"][0]
     assert "advisor" in data["others"][1]
+
+
+@pytest.mark.ksm
+@pytest.mark.root
+def test_ones_own_processes_without_root(ksm: KsmControl, dedup_nobody: Dedup) -> None:
+    with Target(user=65534) as mine, Target() as others:
+        for process in (mine, others):
+            process.do("map", name="a", pages=20)
+            process.do("fill", name="a", at=0, count=20, what="x")
+            process.do("advise", name="a", what="mergeable")
+        counters = ksm.converge()
+        data = dedup_nobody("status", "--no-sample", "--json").json
+        assert [g["pid"] for g in data["groups"]] == [mine.pid]
+        assert data["groups"][0]["ksm_merging_pages"] == 20
+        assert data["processes"]["hidden"] > 0
+        # The host's own counters are whole.
+        assert data["counters"]["pages_sharing"] == counters.pages_sharing >= 39
