@@ -125,6 +125,30 @@ def test_ranges_bring_the_savings_alone(ksm: KsmControl, pids: list[int]) -> Non
     assert not any(mergeable(pid) for pid in pids)
 
 
+def test_a_fifth_of_the_pages_brings_all_the_savings(ksm: KsmControl, target: Target) -> None:
+    """256 MiB that nobody has twice, and 64 MiB of four contents in mappings of their own."""
+    target.do("map", name="own", pages=65536)
+    target.do("fill", name="own", at=0, count=65536, what="unique")
+    for i in range(4):
+        target.do("map", name=f"same {i}", pages=4096)
+        target.do("fill", name=f"same {i}", at=0, count=4096, what=f"content {i}")
+    ksm.set(sleep_millisecs=1, pages_to_scan=200_000)
+    saved, followed = {}, {}
+    for wish in (WHOLE, RANGES, Wish(how="auto")):
+        done = apply([target.pid], PLAN, wish, start_ksmd=True)
+        assert done.holds
+        assert not any(done.comparison.difference.values())
+        (process,) = done.processes
+        assert process.comparison is not None
+        saved[wish.how] = done.comparison.actual["pages_sharing"]
+        followed[wish.how] = process.comparison.actual["ksm_rmap_items"]
+        undo(Applied())
+    assert saved["whole"] >= 16_000
+    assert saved["ranges"] >= 0.95 * saved["whole"]
+    assert followed["ranges"] <= 0.25 * followed["whole"]
+    assert followed["auto"] == followed["ranges"]
+
+
 def test_what_a_program_advised_itself_stays(ksm: KsmControl, targets: list[Target]) -> None:
     first = targets[0]
     first.do("advise", name="own", what="mergeable")

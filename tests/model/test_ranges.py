@@ -151,7 +151,7 @@ def test_segments_are_the_best_there_are(worth: list[int], price: int, cut: int)
             t and (i == 0 or not taken[i - 1] or region[i] != region[i - 1])
             for i, t in enumerate(taken)
         )
-        return float(net[np.array(taken)].sum()) - price * begun
+        return float(net[np.array(taken)].sum() - price * begun)
 
     best = max(total(t) for t in itertools.product((False, True), repeat=len(worth)))
     found = _segments(net, region, float(price))
