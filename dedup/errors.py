@@ -105,6 +105,13 @@ class NotStopped(Busy):
     default_hint = "see its state with `ps -o pid,stat,wchan:32 -p PID`, and run it again later"
 
 
+class BadInput(DedupError):
+    """A file that was given to read is not what it should be."""
+
+    code = "bad-input"
+    exit_status = 7
+
+
 class Refused(DedupError):
     """It could be tried, but might harm the process: refused by policy."""
 

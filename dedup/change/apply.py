@@ -10,6 +10,7 @@ from dedup.change import plan as planning
 from dedup.change import verify, wait
 from dedup.change.act import Marks
 from dedup.change.plan import Wish
+from dedup.change.planfile import OLD_SECONDS
 from dedup.change.tunables import Tunables, others_at_the_knobs
 from dedup.errors import KsmNotRunning, Usage
 from dedup.kernel import ksm as ksm_interface
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from dedup.change.act import Failed, Marked
     from dedup.change.journal import Restored
     from dedup.change.plan import Plan
+    from dedup.change.planfile import Given
     from dedup.kernel.ksm import Counters, ProcessCounters
     from dedup.scanning import Plan as ScanPlan
 
@@ -97,6 +99,7 @@ def apply(
     timeout_seconds: float = TIMEOUT_SECONDS,
     progress: Callable[[str, int, int], None] | None = None,
     step: Callable[[str], None] = lambda _: None,
+    given: Given | None = None,
 ) -> Application:
     """Plan, make mergeable, wait for ksmd, compare.
 
@@ -119,6 +122,8 @@ def apply(
         Told what is under way, done and total.
     step : callable, optional
         Told the name of each step before it.
+    given : Given, optional
+        A plan made before.
 
     Raises
     ------
@@ -143,7 +148,7 @@ def apply(
         else:
             stack.enter_context(HostLock())
         before = meminfo.read()
-        plan = planning.make(pids, scan_plan, wish, step)
+        plan = planning.make(pids, scan_plan, wish, step, given)
         _require_time(plan.scan, ksm, timeout_seconds)
         alone = _alone(ksm, plan.pids)
         marks = stack.enter_context(Marks(suspend_seccomp=wish.suspend_seccomp, step=step))
@@ -167,7 +172,7 @@ def apply(
             least_scans=_least_scans(scan, smart=bool(ksm.tunables().get("smart_scan", 0))),
         )
         observed = done.seconds / done.full_scans if done.full_scans else 0.0
-        warnings = []
+        warnings = _age(given)
         if _other_pace(scan, observed):
             step("scan again")
             warnings.append(_pace_words(scan, observed))
@@ -228,6 +233,14 @@ def _scan_marked(plan: Plan, marks: Marks, scan_plan: ScanPlan) -> Scan:
     scan.pages.skipped += plan.left_out
     scan.pages.skipped += [Skipped(f.id.pid, f.error.message, f.error.code) for f in marks.failed]
     return scan
+
+
+def _age(given: Given | None) -> list[str]:
+    if given is None or given.age_seconds < OLD_SECONDS:
+        return []
+    return [
+        f"the plan is {given.age_seconds / 3600:.1f} h old: it may not be what pays best any more"
+    ]
 
 
 def _other_pace(scan: Scan, observed: float) -> bool:

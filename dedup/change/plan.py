@@ -9,7 +9,7 @@ import numpy as np
 
 from dedup import calibration
 from dedup.change import trust
-from dedup.change.act import Chosen
+from dedup.change.act import Chosen, same_process
 from dedup.change.undo import program_of, total
 from dedup.errors import DedupError, NoSuchProcess, NotMergeable, Refused
 from dedup.kernel import inject, ksm, limits, processes
@@ -20,6 +20,7 @@ from dedup.scanning import Scan, scan_pids
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from dedup.change.planfile import Given
     from dedup.change.trust import Domain, Member
     from dedup.model.ranges import Choice
     from dedup.scanning import Plan as ScanPlan
@@ -84,6 +85,7 @@ def make(
     scan_plan: ScanPlan,
     wish: Wish,
     step: Callable[[str], None] = lambda _: None,
+    given: Given | None = None,
 ) -> Plan:
     """Plan an application: look, choose, predict. Nothing is changed.
 
@@ -98,6 +100,9 @@ def make(
     wish : Wish
     step : callable, optional
         Told the name of each step before it.
+    given : Given, optional
+        A plan made before: its processes are `pids`, and its choice of ranges stands. The
+        prediction is made anew.
 
     Raises
     ------
@@ -109,7 +114,9 @@ def make(
         The only process can't be taken, or all of them.
     """
     step("choose")
-    already, chosen, left_out = _sorted_out(pids, wish, marks=scan_plan.options.scope != "advised")
+    already, chosen, left_out = _sorted_out(
+        pids, wish, given, marks=scan_plan.options.scope != "advised"
+    )
     members = trust.members([*already, *(c.id.pid for c in chosen)], wish.domain)
     if not wish.accept_side_channels:
         trust.require_one(members, wish.domain)
@@ -128,8 +135,11 @@ def make(
     if chosen:
         step("ranges")
         choice = _choice(scan, {c.id.pid for c in chosen})
-        if wish.how == "ranges" or (wish.how == "auto" and choice.pays):
+        if given is not None:
+            ranges = given.ranges
+        elif wish.how == "ranges" or (wish.how == "auto" and choice.pays):
             ranges = _by_pid(scan, choice, chosen)
+        if ranges is not None:
             chosen = [c for c in chosen if ranges.get(c.id.pid)]
             ranges = {c.id.pid: ranges[c.id.pid] for c in chosen}
             step("scan ranges")
@@ -165,7 +175,7 @@ def _scan(
 
 
 def _sorted_out(
-    pids: Sequence[int], wish: Wish, *, marks: bool
+    pids: Sequence[int], wish: Wish, given: Given | None, *, marks: bool
 ) -> tuple[list[int], list[Chosen], list[Skipped]]:
     """Processes that are mergeable already, those to be marked, those left out."""
     already: list[int] = []
@@ -179,6 +189,8 @@ def _sorted_out(
                 known = {*already, *(c.id.pid for c in chosen)}
                 if handle.pid in known:
                     continue
+                if given is not None and handle.pid in given.marks:
+                    same_process(handle, given.marks[handle.pid])
                 _require_no_secrets(handle, wish)
                 counters = ksm.process_counters(handle)
                 if not marks or (counters is not None and counters.ksm_merge_any):

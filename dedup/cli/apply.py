@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -60,6 +61,13 @@ if TYPE_CHECKING:
     "--undo",
     is_flag=True,
     help="Take back what was made mergeable, of the chosen processes or of all.",
+)
+@click.option(
+    "--plan",
+    "plan_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Do what a plan of before says: the output of --dry-run --json. Predicted anew.",
 )
 @click.option(
     "--domain",
@@ -125,6 +133,7 @@ def command(
     how: How,
     scope: Scope,
     undo: bool,
+    plan_file: Path | None,
     domain: Domain,
     accept_side_channels: bool,
     secret_holders: bool,
@@ -156,25 +165,29 @@ def command(
         raise Usage("--case goes with --self-test", "see `dedup apply --help`")
     if undo:
         return _undo(output, choice, suspend_seccomp=suspend_seccomp, dry_run=dry_run)
-    if not choice:
+    if choice and plan_file:
+        raise Usage("--plan has its processes: choose none with it", "see `dedup apply --help`")
+    if not choice and plan_file is None:
         raise Usage(
             "nothing chosen to apply to",
             "`dedup apply --self-test`, or name processes: `dedup apply --pid 1234`",
         )
     from dedup import scanning
     from dedup.change import plan as planning
+    from dedup.change import planfile
     from dedup.change.apply import apply
     from dedup.report import applied, planned
     from dedup.sources.live import Options
 
-    pids = scanning.choose(choice)
+    given = None if plan_file is None else planfile.read(plan_file)
+    pids = scanning.choose(choice) if given is None else given.pids
     wish = planning.Wish(how, domain, accept_side_channels, secret_holders, suspend_seccomp)
     with output.progress() as progress:
         scan_plan = scanning.Plan(
             options=Options(scope=scope, progress=progress), interval_seconds=interval
         )
         if dry_run:
-            plan = planning.make(pids, scan_plan, wish)
+            plan = planning.make(pids, scan_plan, wish, given=given)
         else:
             result = apply(
                 pids,
@@ -185,6 +198,7 @@ def command(
                 tolerance_pages=tolerance,
                 timeout_seconds=timeout,
                 progress=progress,
+                given=given,
             )
     if dry_run:
         if output.json:

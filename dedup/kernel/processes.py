@@ -253,6 +253,14 @@ def label(handle: Handle) -> str:
     return text.rstrip(b"\0\n").decode(errors="surrogateescape")
 
 
+def boot_id(proc: Path = PROC) -> str:
+    """Identifier of this boot; empty where it is hidden from us."""
+    try:
+        return (proc / "sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
 def now_ticks() -> int:
     """The present moment as `ProcessId.start_time` has it."""
     ticks = os.sysconf("SC_CLK_TCK")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any, Final
 
+from dedup.kernel import processes
 from dedup.report import price
 from dedup.report.jsonout import (
     envelope,
@@ -35,6 +37,8 @@ def plan_object(plan: Plan) -> dict[str, Any]:
     return envelope(
         "apply_plan",
         host=host_object(scan.kernel, scan.pages.page_size, scan.tunables),
+        boot_id=processes.boot_id(),
+        made_at=time.time(),
         **way_object(plan),
         prediction=prediction_object(scan),
         smart_scan=smart_object(scan.smart_scan),
@@ -54,6 +58,7 @@ def way_object(plan: Plan) -> dict[str, Any]:
                 "pid": c.id.pid,
                 "start_time": c.id.start_time,
                 "name": lossless(c.name),
+                "program": list(c.program),
                 "ranges": None
                 if ranges is None
                 else [[hex(start), hex(end)] for start, end in ranges[c.id.pid]],
