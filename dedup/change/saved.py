@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 INTERVAL_SECONDS: Final = 0.15
 CPU_SHARE: Final = 50
-"""Where a reading takes long, the pause after it is so many times as long."""
+"""The pause after a reading is so many times its CPU at least: 2 % of a core at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +120,10 @@ class Watch:
         begin = time.monotonic()
         if begin < self._due:
             return
+        cpu = time.thread_time()
         now = self._read()
-        end = time.monotonic()
-        self._due = end + max(INTERVAL_SECONDS, (end - begin) * CPU_SHARE)
+        cpu = time.thread_time() - cpu
+        self._due = time.monotonic() + max(INTERVAL_SECONDS, cpu * CPU_SHARE)
         if not now.processes and self._readings:
             return  # all ended: the reading before is the last one
         self._sum = self._sum.plus(self._last, begin - self._at)

@@ -265,6 +265,16 @@ def state_of(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def pause(seconds: float) -> None:
+    """For a reading or two of the counters, which nothing shows from outside."""
+    begin = time.monotonic()
+    wait_for(lambda: time.monotonic() - begin > seconds)
+
+
 def child_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
 
@@ -341,9 +351,9 @@ def test_orphans_are_seen_and_reaped_and_may_go_on(tmp_path: Path) -> None:
     with running("--report-json", str(file), "sh", "-c", script) as process:
         daemon = int(said(process))
         wait_for(lambda: state_of(daemon) == "S")
-        parent = Path(f"/proc/{daemon}/stat").read_text().rpartition(")")[2].split()[1]
-        assert int(parent) == process.pid
+        wait_for(lambda: parent_of(daemon) == process.pid)
         wait_for(lambda: len(pids_below(process.pid)) == 2)
+        pause(1)
         out, _ = process.communicate("\n", timeout=20)
     try:
         assert process.returncode == 0
@@ -379,9 +389,7 @@ def test_figures_are_those_of_ksm_stat(tmp_path: Path, ksm: KsmControl) -> None:
         child = child_of(process.pid)
         expected = process_numbers(child, "ksm_stat")
         counters = ksm.ksm.counters()
-        readings_at = time.monotonic()
-        # Two readings at least, of memory that stands still.
-        wait_for(lambda: time.monotonic() - readings_at > 0.5)
+        pause(1)
         _, err = process.communicate("", timeout=20)
     report = report_of(file)
     last, peak = report["last"], report["peak"]
@@ -391,7 +399,7 @@ def test_figures_are_those_of_ksm_stat(tmp_path: Path, ksm: KsmControl) -> None:
     assert report["alone"] is True
     assert last["saved_bytes"] == peak["saved_bytes"] == counters.general_profit
     assert 0 < report["mean"]["saved_bytes"] < peak["saved_bytes"]
-    assert last["seconds_before_end"] < 0.5
+    assert last["seconds_before_end"] < 5
     assert report["ksmd_cpu_seconds"] > 0
     assert report["processes"] == {"seen": 1, "most": 1, "hidden": 0, "left_running": 0}
     assert "s of CPU\n" in err
@@ -412,8 +420,7 @@ def test_others_make_it_a_range(tmp_path: Path, ksm: KsmControl) -> None:
         assert (said(process), said(other)) == ("ready", "ready")
         ksm.converge()
         counters = ksm.ksm.counters()
-        begin = time.monotonic()
-        wait_for(lambda: time.monotonic() - begin > 0.5)
+        pause(1)
         _, err = process.communicate("", timeout=20)
         other.communicate("", timeout=20)
     last = report_of(file)["last"]
