@@ -102,10 +102,13 @@ def test_a_real_qemu(options: str, state: str) -> None:
     ) as process:
         try:
             assert process.stdout is not None
-            # The monitor speaks once the machine is made.
+            # The monitor answers once the machine is made.
+            assert process.stdin is not None
+            process.stdin.write(b"info status\n")
+            process.stdin.flush()
             seen = b""
             deadline = time.monotonic() + 30
-            while b"(qemu)" not in seen:
+            while b"VM status" not in seen:
                 part = process.stdout.read1(4096)  # type: ignore[attr-defined]
                 assert part, seen
                 assert time.monotonic() < deadline
