@@ -103,6 +103,10 @@ cdef extern from "<sys/ioctl.h>" nogil:
 
 cdef extern from "<sys/prctl.h>" nogil:
     int c_prctl "prctl"(int option, ...)
+    int PR_SET_CHILD_SUBREAPER
+
+cdef extern from "<sys/personality.h>" nogil:
+    int c_personality "personality"(unsigned long persona)
 
 cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *addr, size_t length, int prot, int flags, int fd, int64_t offset)

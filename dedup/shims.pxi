@@ -183,6 +183,37 @@ def probe_process_vm_readv():
         raise _os_error(errno, "process_vm_readv")
 
 
+def child_subreaper():
+    """PR_SET_CHILD_SUBREAPER for the calling process: orphans among its descendants become its.
+
+    Raises
+    ------
+    OSError
+    """
+    cdef unsigned long nothing = 0
+    if c_prctl(PR_SET_CHILD_SUBREAPER, <unsigned long>1, nothing, nothing, nothing) < 0:
+        raise _os_error(errno, "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+def personality(unsigned long persona):
+    """personality(2) of the calling process; 0xffffffff only asks.
+
+    Returns
+    -------
+    int
+        The personality before.
+
+    Raises
+    ------
+    OSError
+        EPERM or whatever errno a seccomp filter has for it.
+    """
+    cdef int before = c_personality(persona)
+    if before < 0:
+        raise _os_error(errno, "personality")
+    return before
+
+
 # What a page looks like, as `look_like` says it.
 LOOK_NONE = 0        # not there any more, or not ours to read
 LOOK_CHANGED = 1

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
+from dedup.change import hold
 from dedup.change.journal import Entry, Journal, Restored
 from dedup.errors import CheckFailed, NotPermitted, OutputFailed
 from dedup.kernel import processes
@@ -102,6 +103,7 @@ class Tunables:
 
     def __init__(self, ksm: Ksm, state: Path = STATE) -> None:
         self.ksm = ksm
+        self._state = state
         self._lock = HostLock(state)
         self._journal = Journal(state)
         self._wanted: dict[str, str] = {}
@@ -117,6 +119,7 @@ class Tunables:
         self._lock.acquire()
         try:
             self.leftover = self._journal.restore(read_setting, write_setting)
+            self.leftover += hold.settle(self.ksm, self._state)
             _require_done(self.leftover)
         except BaseException:
             self._lock.release()
@@ -133,8 +136,10 @@ class Tunables:
             if kind is None:
                 _require_done(self.restored)
         finally:
-            self._lock.release()
-            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+            try:
+                hold.settle(self.ksm, self._state, then=self._lock.release)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
     def set(self, name: str, value: int | str) -> None:
         """Change a tunable of KSM; nothing is written where it has the value already.
@@ -185,8 +190,10 @@ def restore(ksm: Ksm, state: Path = STATE) -> list[Restored]:
     """
     if not ksm.writable() and ksm.present:
         raise NotPermitted(f"may not write KSM's tunables in {ksm.root}")
-    with HostLock(state):
-        return Journal(state).restore(read_setting, write_setting)
+    lock = HostLock(state)
+    with lock:
+        done = Journal(state).restore(read_setting, write_setting)
+        return done + hold.settle(ksm, state, then=lock.release)
 
 
 def planned_restore(state: Path = STATE) -> list[Restored]:
@@ -196,4 +203,9 @@ def planned_restore(state: Path = STATE) -> list[Restored]:
     ------
     NotPermitted, OutputFailed
     """
-    return Journal(state).restore(read_setting, lambda _path, _value: None, dry_run=True)
+    ksm = Ksm()
+    done = Journal(state).restore(read_setting, lambda _path, _value: None, dry_run=True)
+    for r in done:
+        if r.path == str(ksm.root / "run"):
+            return done + hold.planned(ksm, state, int(r.value if r.outcome != "left" else r.found))
+    return done + hold.planned(ksm, state)

@@ -17,6 +17,7 @@ COMMANDS: Final = {
     "scan": "Predict what KSM would merge in live processes.",
     "apply": "Make memory mergeable, wait for ksmd, compare its counters with the prediction.",
     "run": "Start a command with all its memory mergeable.",
+    "standing": "Show, or set, what makes memory mergeable for good.",
     "tune": "Measure what ksmd's work costs on this host.",
     "status": "Show what KSM saves and costs on this host now.",
     "doctor": "Say what this host, kernel and user can't do, and the way out.",

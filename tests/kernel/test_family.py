@@ -1,0 +1,75 @@
+"""Descendants of a real tree, by the kernel's list of children and by everybody's parent."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dedup.kernel import family
+
+TREE = """
+import subprocess, sys, threading
+def start():
+    # A thread's children are listed with that thread.
+    p = subprocess.Popen(["sh", "-c", "sleep 60 & echo $!; exec cat >/dev/null"],
+                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    print(p.pid, p.stdout.readline().strip(), flush=True)
+    sys.stdin.read()
+threading.Thread(target=start).start()
+"""
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_descendants(monkeypatch: pytest.MonkeyPatch, listed: bool) -> None:
+    if listed and not Path(f"/proc/self/task/{os.getpid()}/children").exists():
+        pytest.skip("this kernel lists no children")
+    monkeypatch.setattr(family, "_lists_children", lambda _proc: listed)
+    with subprocess.Popen(
+        [sys.executable, "-c", TREE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        child, sleeper = map(int, process.stdout.readline().split())
+        try:
+            assert sorted(family.descendants(process.pid)) == sorted([child, sleeper])
+            assert {process.pid, child, sleeper} <= set(family.descendants(os.getpid()))
+            assert family.descendants(sleeper) == []
+        finally:
+            os.kill(sleeper, 9)
+            process.communicate("", timeout=20)
+    assert family.descendants(process.pid) == []
+
+
+def test_whether_children_are_listed() -> None:
+    me = os.getpid()
+    assert family._lists_children(family.PROC) is Path(f"/proc/{me}/task/{me}/children").exists()
+
+
+def test_the_environment_we_were_started_with() -> None:
+    code = (
+        "import os; os.environ['B'] = '2'; os.environ['A'] = '3'\n"
+        "from dedup.kernel.family import starting_environment\n"
+        "expected = {'A': '\\udcff=1', 'PYTHONPATH': os.environ['PYTHONPATH']}\n"
+        "print(starting_environment() == expected)"
+    )
+    given = {b"A": b"\xff=1", b"PYTHONPATH": os.fsencode(os.pathsep.join(sys.path))}
+    done = subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
+
+
+def test_adopted_orphans() -> None:
+    code = (
+        "import subprocess, os\n"
+        "from dedup.kernel import family\n"
+        "family.adopt_orphans()\n"
+        "words = ['sh', '-c', '(cat & echo $!)']\n"
+        "p = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)\n"
+        "orphan = int(p.stdout.readline()); p.wait()\n"
+        "print(family.descendants(os.getpid()) == [orphan])\n"
+        "p.stdin.close(); print(os.waitpid(-1, 0)[0] == orphan)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.stdout == "True\nTrue\n", done.stderr
