@@ -17,7 +17,7 @@ COMMANDS: Final = {
     "scan": "Predict what KSM would merge in live processes.",
     "apply": "Make memory mergeable, wait for ksmd, compare its counters with the prediction.",
     "run": "Start a command with all its memory mergeable.",
-    "tune": "Measure what ksmd's work costs on this host.",
+    "tune": "Find the tunables of ksmd for a wished time or CPU, and set them.",
     "restore": "Put back what an interrupted run of ours left changed.",
 }
 """Commands with a line of help each; the module is `dedup.cli.<name>`, its object `command`."""

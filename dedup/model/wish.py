@@ -9,6 +9,7 @@ Source: mm/ksm.c (scan_time_advisor, set_advisor_defaults, pages_to_scan_store).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -250,8 +251,8 @@ def _seconds(seconds: float) -> str:
 
 def _above(figure: float) -> str:
     """The figure to two digits, rounded up, so that it can be wished for."""
-    step = 10 ** max(-3, len(str(int(figure))) - 2)
-    return f"{(int(figure / step) + 1) * step:g}"
+    step = 10.0 ** (math.floor(math.log10(figure)) - 1)
+    return f"{(int(figure / step) + 1) * step:.6g}"
 
 
 # -- the kernel's advisor --------------------------------------------------------------------------

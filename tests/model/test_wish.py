@@ -152,8 +152,8 @@ def test_the_advisor_comes_to_its_target() -> None:
     at_the_least = played(Advisor(200, 70, 500, 30_000))
     assert 0.08 < at_the_least.steady_cores < 0.13
     held = played(Advisor(200, 70, 100, 100))
-    assert held.steady_cores == pytest.approx(wish.of(LOAD, Settings(100, 20, TICK), CALIBRATION)
-                                              .steady_cores)  # fmt: skip
+    fixed_at_that = wish.of(LOAD, Settings(100, 20, TICK), CALIBRATION)
+    assert held.steady_cores == pytest.approx(fixed_at_that.steady_cores)
 
 
 def test_ksmds_cpu_since_boot_makes_the_advisors_second_scan_slow() -> None:
