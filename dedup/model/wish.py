@@ -10,7 +10,7 @@ Source: mm/ksm.c (scan_time_advisor, set_advisor_defaults, pages_to_scan_store).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from dedup.errors import CheckFailed
@@ -54,7 +54,8 @@ class Wish:
     within_seconds : float, optional
         Merged so long after its start, all memory registered: see `dedup.model.cost.Cost`.
     cores : float, optional
-        At most so much of a core, in each full scan until then and in the mean of later ones.
+        At most so much of a core, in each full scan until then and in the mean of later ones; even
+        where ksmd's CPU comes out at the upper end of its range, since it is a limit.
     """
 
     within_seconds: float | None = None
@@ -82,15 +83,15 @@ class Price:
     """Lowest and highest of each figure that has a range."""
 
     def keeps(self, wish: Wish) -> bool:
-        """Whether the wish holds by this price, not by its bounds."""
+        """Whether the wish holds by this price."""
         return (wish.within_seconds is None or self.converge_seconds <= wish.within_seconds) and (
-            wish.cores is None or self.cores <= wish.cores
+            wish.cores is None or self.most_cores <= wish.cores
         )
 
     @property
-    def cores(self) -> float:
-        """Share of a core, merging or later."""
-        return max(self.merging_cores, self.steady_cores)
+    def most_cores(self) -> float:
+        """Share of a core, merging or later, at the upper end of its range."""
+        return max(self.bounds["merging_cores"][1], self.bounds["steady_cores"][1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,18 +117,22 @@ def of(load: Load, settings: Settings, calibration: Calibration) -> Price:
     assert cost.steady_cores is not None
     passes = [full_scan(load, settings, calibration, n + 1) for n in range(cost.full_scans)]
     steady = full_scan(load, _all_processed(settings), calibration, MERGE_SCANS + 1)
+    merging = max(_share(p.cpu_seconds, p.seconds) for p in passes)
+    bounds = {
+        name: cost.bounds[name]
+        for name in ("converge_seconds", "cpu_seconds", "full_scan_seconds", "steady_cores")
+    }
+    low, high = (bound / cost.cpu_seconds for bound in bounds["cpu_seconds"])
+    bounds["merging_cores"] = (merging * low, min(1.0, merging * high))
     return Price(
         converge_seconds=cost.converge_seconds,
         cpu_seconds=cost.cpu_seconds,
-        merging_cores=max(_share(p.cpu_seconds, p.seconds) for p in passes),
+        merging_cores=merging,
         full_scan_seconds=cost.full_scan_seconds,
         full_scan_cpu_seconds=cost.full_scan_cpu_seconds,
         steady_cores=cost.steady_cores,
         later_seconds=MERGE_SCANS * steady.seconds,
-        bounds={
-            name: cost.bounds[name]
-            for name in ("converge_seconds", "cpu_seconds", "full_scan_seconds", "steady_cores")
-        },
+        bounds=bounds,
     )
 
 
@@ -215,24 +220,24 @@ def fixed(
             )
         number = _first(paces.last, lambda i: at(i).converge_seconds <= within)
     if cores is not None:
-        if at(0).cores > cores:
+        if at(0).most_cores > cores:
             raise CheckFailed(
                 f"ksmd can't do with {cores:.2%} of a core here: even with sleeps of "
-                f"{SLEEP_MOST_MILLISECS // 1000} s it takes {at(0).cores:.2%}",
+                f"{SLEEP_MOST_MILLISECS // 1000} s it may take {at(0).most_cores:.2%}",
                 "wish for more, or choose less memory",
             )
-        if within is None or at(number).cores > cores:
+        if within is None or at(number).most_cores > cores:
             # The numbers that take too much begin one further on.
-            too_fast = _first(paces.last + 1, lambda i: i > paces.last or at(i).cores > cores)
+            too_fast = _first(paces.last + 1, lambda i: i > paces.last or at(i).most_cores > cores)
             affordable = too_fast - 1
             if within is not None and at(affordable).converge_seconds > within:
                 raise CheckFailed(
-                    f"both can't be had: merged within {within:g} s takes "
-                    f"{at(number).cores:.1%} of a core, and with {cores:.1%} of a core it takes "
-                    f"{_seconds(at(affordable).converge_seconds)}",
+                    f"both can't be had: merged within {within:g} s may take "
+                    f"{at(number).most_cores:.1%} of a core, and with {cores:.1%} at the most it "
+                    f"takes {_seconds(at(affordable).converge_seconds)}",
                     f"wish for `--within {_above(at(affordable).converge_seconds)} "
                     f"--cpu {cores * _PERCENT:g}` or `--within {within:g} "
-                    f"--cpu {_above(at(number).cores * _PERCENT)}`",
+                    f"--cpu {_above(at(number).most_cores * _PERCENT)}`",
                 )
             number = affordable
     chosen = paces[number]
@@ -357,6 +362,16 @@ def play(
     return _Played(found, pages)
 
 
+def _alike(price: Price, other: Price) -> dict[str, tuple[float, float]]:
+    """Bounds as wide as those of another price, by their share of the figure."""
+    found = {}
+    for name, (low, high) in other.bounds.items():
+        ratio = getattr(price, name) / getattr(other, name)
+        most = 1.0 if name.endswith("_cores") else math.inf
+        found[name] = (low * ratio, min(most, high * ratio))
+    return found
+
+
 def advised(
     wish: Wish,
     by: Alternative,
@@ -405,7 +420,7 @@ def advised(
             most = min(most, cheap.pages_to_scan)
         else:
             most = batch
-    elif by.price.cores * _PERCENT * HEADROOM > max_cpu:
+    elif by.price.most_cores * _PERCENT * HEADROOM > max_cpu:
         max_cpu = _PERCENT
     most = min(most, PAGES_TO_SCAN_MOST)
     wanted = wish.within_seconds or by.price.later_seconds
@@ -415,7 +430,7 @@ def advised(
         played = play(advisor, load, settings, calibration, ksmd_cpu_seconds)
         if played.price.later_seconds <= wanted:
             break
-    found = played.price
+    found = replace(played.price, bounds=_alike(played.price, by.price))
     return Alternative(
         ADVISOR,
         {

@@ -92,12 +92,12 @@ def advice(tuning: Tuning) -> str:
     low, high = p.bounds["converge_seconds"]
     if tuning.present is not None and tuning.present.keeps(tuning.wish):
         now = tuning.present
-        if now.cores <= p.cores and now.converge_seconds <= p.converge_seconds:
+        if now.most_cores <= p.most_cores and now.converge_seconds <= p.converge_seconds:
             return "The present tunables keep the wish already, and no others do it cheaper."
         return (
             "The present tunables keep the wish already; "
             f"pages_to_scan {a.pages_to_scan:,} with sleeps of {a.tunables['sleep_millisecs']} ms "
-            f"{'is cheaper' if p.cores < now.cores else 'merges sooner'}."
+            f"{'is cheaper' if p.most_cores < now.most_cores else 'merges sooner'}."
         )
     return (
         f"pages_to_scan {a.pages_to_scan:,} with sleeps of {a.tunables['sleep_millisecs']} ms "

@@ -63,7 +63,9 @@ def test_what_is_found_keeps_the_wish(
             assert cost.steady_cores <= cores
             for number in range(1, cost.full_scans + 1):
                 way = full_scan(load, at, CALIBRATION, number)
-                assert way.cpu_seconds / way.seconds <= cores * 1.000001
+                # A limit: held at the upper end of ksmd's CPU, which is a quarter more.
+                share = way.cpu_seconds / way.seconds
+                assert min(1, 1.25 * share) <= cores * 1.000001
 
 
 @pytest.mark.parametrize("within", [0.7, 4, 12, 60, 600, 3600])
@@ -78,7 +80,7 @@ def test_no_slower_pace_would_do(within: float) -> None:
 
 def test_shorter_times_take_more_cpu() -> None:
     prices = [fixed(Wish(w)).price for w in (1, 2, 4, 8, 16, 32, 64, 128, 256)]
-    assert [p.cores for p in prices] == sorted((p.cores for p in prices), reverse=True)
+    assert [p.most_cores for p in prices] == sorted((p.most_cores for p in prices), reverse=True)
     assert [p.converge_seconds for p in prices] == sorted(p.converge_seconds for p in prices)
 
 
@@ -178,6 +180,8 @@ def test_the_advisor_gets_tunables_that_hold_it(
         assert found.pages_to_scan <= int(found.tunables["advisor_max_pages_to_scan"])
         assert int(found.tunables["advisor_target_scan_time"]) >= 1
         assert found.keeps == found.price.keeps(wanted)
+        for name, (low, high) in found.price.bounds.items():
+            assert low <= getattr(found.price, name) <= high * 1.000001
         if wanted.cores is not None:
             assert found.price.steady_cores <= cores * 1.02
 
