@@ -48,6 +48,9 @@ LATER_SECONDS = 3.0
 LATER_SCANS = 2
 ADVISOR_SCANS = 20
 """Full scans after which the advisor has come to rest, more or less."""
+SMART_SCANS = 12
+SMART_CYCLE = 9
+"""With smart scan the steady state begins so many full scans later, in cycles of as many."""
 
 Row = dict[str, Any]
 
@@ -91,14 +94,17 @@ class Bench:
             chosen = found.named("advisor" if advisor else "fixed")
             tune.apply(chosen.tunables, self.state)
             try:
-                measured = self.measure(found.load, ADVISOR_SCANS if advisor else 0)
+                between = ADVISOR_SCANS if advisor else SMART_SCANS if found.smart_scan else 0
+                measured = self.measure(
+                    found.load, between, SMART_CYCLE if found.smart_scan else LATER_SCANS
+                )
             finally:
                 self.tunables.set("run", RUN_STOP)
                 tune.undo(self.state)
         self.rest()
         return {"layout": name, "wish": words(wish), **priced(chosen), **measured}
 
-    def measure(self, load: Load, scans_between: int) -> Row:
+    def measure(self, load: Load, scans_between: int, later_scans: int) -> Row:
         """From `run=1` until converged, and later."""
         final = (load.pages_shared, load.pages_sharing, load.ksm_zero_pages)
         waited = self.ksmd.waited_ns() or 0
@@ -133,7 +139,9 @@ class Bench:
         first = self.ksm.counters().full_scans
         begin, cpu = time.monotonic(), self.ksmd.cpu_ns()
         after = first
-        while after < first + LATER_SCANS or time.monotonic() - begin < LATER_SECONDS:
+        while after < first + later_scans or (
+            later_scans == LATER_SCANS and time.monotonic() - begin < LATER_SECONDS
+        ):
             after = self.scanned(after + 1)
         seconds = time.monotonic() - begin
         return {
