@@ -6,6 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, Final
 
 from dedup.report.applied import restored_lines, restored_object
+from dedup.report.hints import as_root, typable
 from dedup.report.jsonout import envelope, host_object
 from dedup.report.names import lossless
 from dedup.report.price import duration, percent
@@ -49,8 +50,8 @@ def wish_options(wish: Wish) -> str:
 
 
 def command(tuning: Tuning, alternative: Alternative, choice: str) -> str:
-    """What to type to get an alternative set."""
-    words = ["sudo dedup tune", choice, wish_options(tuning.wish), "--apply"]
+    """What to type, as root, to get an alternative set."""
+    words = ["dedup tune", choice, wish_options(tuning.wish), "--apply"]
     if alternative.name == "advisor":
         words.append("--advisor")
     if tuning.tunables.get("run") != RUN_MERGE:
@@ -138,7 +139,7 @@ def tuning_object(
                 "pages_to_scan": a.pages_to_scan,
                 "keeps": a.keeps,
                 "price": _price_object(a.price),
-                "command": lossless(command(tuning, a, choice)),
+                "command": lossless(f"sudo {command(tuning, a, choice)}"),
             }
             for a in tuning.alternatives
         ],
@@ -224,8 +225,9 @@ def lines(
         wanted = ", ".join(f"{name}={value}" for name, value in planned.items())
         found.append(f"would set {wanted}; they would stay until `sudo dedup tune --undo`")
     else:
-        found.append(f"Make it so: {command(tuning, tuning.alternatives[0], choice)}")
-    return [*found, "", *notes(tuning)]
+        typed = as_root(command(tuning, tuning.alternatives[0], choice))
+        found.append(f"Make it so: {typed}")
+    return [typable(line) for line in [*found, "", *notes(tuning)]]
 
 
 def _applied_lines(applied: Applied) -> list[str]:
