@@ -91,6 +91,13 @@ class KsmNotRunning(Unsupported):
     default_hint = "add `--start-ksmd`, or `echo 1 > /sys/kernel/mm/ksm/run` as root"
 
 
+class NotCalibrated(Unsupported):
+    """What ksmd's work costs on this host was not measured yet, so no wish can be met."""
+
+    code = "not-calibrated"
+    default_hint = "measure it, which takes some seconds: `sudo dedup tune --calibrate`"
+
+
 class Busy(DedupError):
     """Another run of ours holds the lock."""
 

@@ -114,6 +114,8 @@ class Scan:
     """
     overstated_most_pages: int | None = None
     """So many of `pages_sharing`, at the most, are not shared any more at any moment."""
+    load: cost.Load | None = None
+    """What ksmd has to do: the price comes from it."""
     cost: Cost | None = None
     """The price, at the present tunables or the assumed ones."""
     proposals: list[Proposal] = field(default_factory=list)
@@ -300,6 +302,7 @@ class _Looking:
             extrapolated=extrapolated,
             drifting=drifts,
             overstated_most_pages=self._overstated(prediction) if drifts is False else None,
+            load=load,
             cost=self._price(load),
             proposals=self._proposals(load),
             why_uncalibrated=self.calibrated.why,

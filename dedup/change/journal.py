@@ -5,6 +5,7 @@ One JSON object a line. It outlives a killed run; `dedup restore` reads it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 NAME: Final = "journal"
+STANDING: Final = "tuned"
+"""The record of what stays changed after the run that changed it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,16 +133,18 @@ def read(path: Path, needed: Mapping[str, type]) -> list[dict[str, Any]]:
 
 
 class Journal:
-    """The journal of this host.
+    """The journal of this host, or its standing record.
 
     Parameters
     ----------
     state : Path, optional
         Its folder.
+    name : str, optional
+        `NAME` or `STANDING`.
     """
 
-    def __init__(self, state: Path = STATE) -> None:
-        self.path = state / NAME
+    def __init__(self, state: Path = STATE, name: str = NAME) -> None:
+        self.path = state / name
 
     def record(self, entry: Entry) -> None:
         """Write an entry to the disk before the change is made.
@@ -159,6 +164,38 @@ class Journal:
         NotPermitted, OutputFailed
         """
         return [Entry(f["path"], f["before"], f["after"]) for f in read(self.path, FIELDS)]
+
+    def move_to(self, other: Journal) -> None:
+        """Append all entries to another journal, whole or not at all, and remove this one.
+
+        A crash in between leaves them in both: to put back this one first, then the other, comes
+        out right.
+
+        Raises
+        ------
+        NotPermitted, OutputFailed
+        """
+        entries = self.entries()
+        if not entries:
+            return
+        text = "".join(json.dumps(asdict(e)) + "\n" for e in [*other.entries(), *entries])
+        part = other.path.with_name(f"{other.path.name}.part")
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+            with open(os.open(part, flags, 0o600), "wb") as file:
+                file.write(text.encode())
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(other.path)
+        except PermissionError as e:
+            raise NotPermitted(f"may not write {other.path}: {e.strerror}") from e
+        except OSError as e:
+            with contextlib.suppress(OSError):
+                part.unlink()
+            raise OutputFailed(
+                f"writing {other.path} failed: {e.strerror}", "make room there, then run it again"
+            ) from e
+        self.path.unlink(missing_ok=True)
 
     def restore(
         self,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
 from dedup.change import hold
-from dedup.change.journal import Entry, Journal, Restored
+from dedup.change.journal import STANDING, Entry, Journal, Restored
 from dedup.errors import CheckFailed, NotPermitted, OutputFailed
 from dedup.kernel import processes
 from dedup.kernel.ksm import ROOT, Ksm
@@ -22,6 +22,9 @@ TUNERS: Final = ("ksmtuned", "uksmd")
 
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """None of these may interrupt the putting back."""
+
+DEFAULT_PAGES_TO_SCAN: Final = 100
+"""To which the kernel goes back when its advisor is switched off."""
 
 NR_HUGEPAGES: Final = "/proc/sys/vm/nr_hugepages"
 
@@ -106,6 +109,7 @@ class Tunables:
         self._state = state
         self._lock = HostLock(state)
         self._journal = Journal(state)
+        self._standing = Journal(state, STANDING)
         self._wanted: dict[str, str] = {}
         self.leftover: list[Restored] = []
         """What an earlier, killed run had left changed; put back on entering."""
@@ -158,6 +162,41 @@ class Tunables:
             self._journal.record(Entry(path, before, value))
             write_setting(path, value)
 
+    def changes(self) -> list[Entry]:
+        """What was changed so far, oldest first."""
+        return self._journal.entries()
+
+    def keep(self) -> None:
+        """Let all changes stay when the context is left; `undo` puts them back later.
+
+        Killed in it, `restore` puts them back, or the record is whole and `undo` does.
+
+        Raises
+        ------
+        NotPermitted, OutputFailed
+            Nothing is kept then.
+        """
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            self._journal.move_to(self._standing)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+    def undo(self) -> list[Restored]:
+        """Put back what earlier runs have kept.
+
+        Raises
+        ------
+        NotPermitted, OutputFailed
+        """
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            undone = self._standing.restore(read_setting, write_setting)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        _require_done(undone, "dedup tune --undo")
+        return undone
+
     def require_unchanged(self) -> None:
         """Raise when somebody else changed a setting of ours meanwhile.
 
@@ -174,11 +213,11 @@ class Tunables:
                 )
 
 
-def _require_done(restored: list[Restored]) -> None:
+def _require_done(restored: list[Restored], again: str = "dedup restore") -> None:
     failed = [r for r in restored if r.outcome == "failed"]
     if failed:
         what = ", ".join(f"{r.path}={r.value} ({r.why})" for r in failed)
-        raise OutputFailed(f"could not put back {what}", "run `sudo dedup restore`")
+        raise OutputFailed(f"could not put back {what}", f"run `sudo {again}`")
 
 
 def restore(ksm: Ksm, state: Path = STATE) -> list[Restored]:
@@ -204,8 +243,34 @@ def planned_restore(state: Path = STATE) -> list[Restored]:
     NotPermitted, OutputFailed
     """
     ksm = Ksm()
-    done = Journal(state).restore(read_setting, lambda _path, _value: None, dry_run=True)
+    done = _planned(Journal(state))
     for r in done:
         if r.path == str(ksm.root / "run"):
             return done + hold.planned(ksm, state, int(r.value if r.outcome != "left" else r.found))
     return done + hold.planned(ksm, state)
+
+
+def planned_undo(state: Path = STATE) -> list[Restored]:
+    """What `Tunables.undo` would do, without doing it.
+
+    Raises
+    ------
+    NotPermitted, OutputFailed
+    """
+    return _planned(Journal(state, STANDING))
+
+
+def _planned(journal: Journal) -> list[Restored]:
+    written: dict[str, str] = {}
+
+    def write(path: str, value: str) -> None:
+        written[path] = value
+        file = Path(path)
+        if file.name == "advisor_mode" and value == "none":
+            # The kernel does so itself (mm/ksm.c, set_advisor_defaults).
+            written[str(file.with_name("pages_to_scan"))] = str(DEFAULT_PAGES_TO_SCAN)
+
+    def read(path: str) -> str:
+        return written[path] if path in written else read_setting(path)
+
+    return journal.restore(read, write, dry_run=True)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 import numpy as np
 
+from dedup.model import smart
 from dedup.model.merge import RMAP_ITEM_BYTES, STABLE_NODE_BYTES
 from dedup.pages import FRAME_MASK, Flag
 
@@ -307,8 +308,8 @@ class _Scan:
         return np.asarray(np.interp(part, self.at, self.ns), dtype=np.float64)
 
 
-class _Way(NamedTuple):
-    """CPU and time of a scan, or of a part of it."""
+class Way(NamedTuple):
+    """CPU and time of a full scan, or of a part of it."""
 
     cpu_seconds: float
     seconds: float
@@ -406,7 +407,7 @@ class _Model:
         changing = max(0, load.pages_volatile - load.fork_shared)
         return merged * c.merged_ns + load.pages_shared * c.merged_node_ns + changing * c.first_ns
 
-    def way(self, scan: _Scan, part: float = 1.0) -> _Way:
+    def way(self, scan: _Scan, part: float = 1.0) -> Way:
         """A scan, or its first part, in batches.
 
         ksmd sleeps after each batch, and after the one in which the scan ends: the next one starts
@@ -429,7 +430,7 @@ class _Model:
             awake = before - float((asleep - self._awake(cpu))[-1])
         else:
             awake = before + float(self._awake(last).sum())
-        return _Way(cpu_seconds, before + last_asleep, awake)
+        return Way(cpu_seconds, before + last_asleep, awake)
 
     def _batch_seconds(self, scan: _Scan, begin: F64, end: F64) -> F64:
         c = self.costs
@@ -532,6 +533,39 @@ def _figures(
         shortest_scan_seconds=min(s.seconds for s in scans),
         longest_scan_seconds=max(s.seconds for s in scans),
     )
+
+
+def full_scan(
+    load: Load,
+    settings: Settings,
+    calibration: Calibration,
+    number: int,
+    *,
+    until_merged: bool = False,
+) -> Way:
+    """One of the full scans since ksmd began with a load, all of it registered.
+
+    Parameters
+    ----------
+    load : Load
+    settings : Settings
+        In that scan.
+    calibration : Calibration
+    number : int
+        From 1 on: the first takes checksums, the second merges. With smart scan the later ones
+        pass over what did not merge, but for some (`dedup.model.smart.processed`).
+    until_merged : bool
+        Only as far as the last page that merges.
+    """
+    m = _Model(load, settings, calibration.costs, 1.0, 0.0)
+    part = min(1.0, max(0.0, load.last_merge)) if until_merged else 1.0
+    if number == 1:
+        return m.way(m.first())
+    if number == MERGE_SCANS:
+        return m.way(m.merging(part))
+    if settings.smart_scan and not smart.processed(number):
+        return m.way(m.skipping(), part)
+    return m.way(m.steady(), part)
 
 
 def price(load: Load, settings: Settings, calibration: Calibration | None) -> Cost:

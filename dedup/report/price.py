@@ -73,14 +73,15 @@ def rows(scan: Scan) -> list[tuple[str, str, str, str]]:
 
 def _share(cost: Cost) -> str:
     low, high = cost.bounds.get("steady_cores", (cost.steady_cores, cost.steady_cores))
-    words = dict.fromkeys(_percent(v) for v in (low, high) if v is not None)
+    words = dict.fromkeys(percent(v) for v in (low, high) if v is not None)
     return " to ".join(words)
 
 
-def _percent(share: float) -> str:
-    percent = share * 100
-    digits = 0 if percent >= 10 else 1 if percent >= 1 else 2
-    return f"{percent:.{digits}f}%" if percent >= 0.01 or percent == 0 else "<0.01%"
+def percent(share: float) -> str:
+    """A share of a core for people: 12%, 3.4%, 0.25%."""
+    hundredths = share * 100
+    digits = 0 if hundredths >= 10 else 1 if hundredths >= 1 else 2
+    return f"{hundredths:.{digits}f}%" if hundredths >= 0.01 or hundredths == 0 else "<0.01%"
 
 
 def advice(scan: Scan) -> str:
