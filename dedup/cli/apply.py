@@ -9,10 +9,10 @@ import click
 
 from dedup.cli.options import Seconds, chooses_processes, reports
 from dedup.cli.root import Exemplified
-from dedup.errors import CheckFailed, Partial, Usage
+from dedup.errors import CheckFailed, Interrupted, NoSuchProcess, Partial, Usage
 
 if TYPE_CHECKING:
-    from dedup.change.plan import How
+    from dedup.change.plan import How, Wish
     from dedup.change.trust import Domain
     from dedup.cli.output import Output
     from dedup.kernel.processes import Choice
@@ -61,6 +61,11 @@ if TYPE_CHECKING:
     "--undo",
     is_flag=True,
     help="Take back what was made mergeable, of the chosen processes or of all.",
+)
+@click.option(
+    "--follow",
+    is_flag=True,
+    help="Then stay, and take processes too that appear later and fit the choice, until Ctrl-C.",
 )
 @click.option(
     "--plan",
@@ -133,6 +138,7 @@ def command(
     how: How,
     scope: Scope,
     undo: bool,
+    follow: bool,
     plan_file: Path | None,
     domain: Domain,
     accept_side_channels: bool,
@@ -179,9 +185,17 @@ def command(
     from dedup.report import applied, planned
     from dedup.sources.live import Options
 
+    if follow:
+        _require_followable(choice, how, scope, dry_run=dry_run, json=output.json)
+        how = "whole"
     given = None if plan_file is None else planfile.read(plan_file)
-    pids = scanning.choose(choice) if given is None else given.pids
     wish = planning.Wish(how, domain, accept_side_channels, secret_holders, suspend_seccomp)
+    try:
+        pids = scanning.choose(choice) if given is None else given.pids
+    except NoSuchProcess:
+        if not follow:
+            raise
+        return _follow(output, choice, wish)
     with output.progress() as progress:
         scan_plan = scanning.Plan(
             options=Options(scope=scope, progress=progress), interval_seconds=interval
@@ -218,14 +232,63 @@ def command(
         )
     if not result.holds:
         return CheckFailed.exit_status
+    if follow:
+        return _follow(output, choice, wish)
     return 0 if result.scan.complete else Partial.exit_status
+
+
+def _require_followable(
+    choice: Choice, how: How, scope: Scope, *, dry_run: bool, json: bool
+) -> None:
+    """Refuse words that mean nothing together with --follow."""
+    if not choice:
+        return
+    if how == "ranges" or scope == "advised":
+        raise Usage(
+            "--follow makes whole processes mergeable", "leave out `--how ranges` and `--scope`"
+        )
+    if dry_run or json:
+        raise Usage("--follow has no result", "leave out `--dry-run` and `--json`")
+    if not (choice.names or choice.users or choice.cgroups or choice.containers or choice.all):
+        raise Usage(
+            "--follow needs a choice that later processes can fit; children of a process that is "
+            "mergeable as a whole are so anyway",
+            "`--name`, `--user`, `--cgroup`, `--container` or `--all`",
+        )
+
+
+def _follow(output: Output, choice: Choice, wish: Wish) -> int:
+    """Take what appears later, until a signal."""
+    from dedup.change.follow import Followed, follow
+    from dedup.kernel import arrivals, processes
+    from dedup.report.names import safe
+
+    marked = 0
+
+    def tell(one: Followed) -> None:
+        nonlocal marked
+        marked += one.outcome == "marked"
+        words = {"marked": "is mergeable now", "already": "is so already", "left": "left"}
+        why = f": {one.why}" if one.why else ""
+        output.show(f"{one.pid} {safe(one.name)}: {words[one.outcome]}{safe(why)}")
+
+    find = arrivals.in_choice(choice)
+    now = set(find())
+    output.show("following; Ctrl-C ends it, and what is mergeable stays so")
+    try:
+        follow(find, [i for i in processes.every() if i.id.pid in now], wish, tell)
+    except Interrupted:
+        output.show(
+            f"{marked} that appeared later were made mergeable: `dedup apply --undo` takes them "
+            "back"
+        )
+    return 0
 
 
 def _undo(output: Output, choice: Choice, *, suspend_seccomp: bool, dry_run: bool) -> int:
     from dedup import scanning
     from dedup.change.applied import Applied
     from dedup.change.undo import undo
-    from dedup.errors import NoSuchProcess
     from dedup.kernel.lock import HostLock
     from dedup.report import planned
 
