@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -101,7 +102,7 @@ def test_a_plan_whose_processes_are_gone(
     file.write_text(json.dumps(data))
     refused = dedup("apply", "--plan", str(file), "--start-ksmd")
     assert refused.status == 5
-    assert "which was not chosen" in refused.err
+    assert "was not chosen" in " ".join(refused.err.split())
     assert not merges_any(other.pid)
     data["boot_id"] = "another"
     file.write_text(json.dumps(data))
@@ -113,9 +114,9 @@ def test_a_plan_whose_processes_are_gone(
     "text",
     ["", "[]", "{}", "null", '{"kind": "scan", "schema_version": 1}', "\x00\xff", "[" * 100_000,
      '{"kind": "apply_plan", "schema_version": 1, "marks": [{"pid": "x"}]}',
-     '{"kind": "apply_plan", "schema_version": 1, "boot_id": "", "made_at": 0, '
+     ('{"kind": "apply_plan", "schema_version": 1, "boot_id": "", "made_at": 0, '
      '"already_mergeable": [], "marks": [{"pid": 1, "start_time": 1, "name": "", "program": [], '
-     '"ranges": [["0x1", "0x3"]]}]}'],
+     '"ranges": [["0x1", "0x3"]]}]}')],
 )  # fmt: skip
 def test_a_file_that_is_no_plan(dedup: Dedup, tmp_path: Path, text: str) -> None:
     file = tmp_path / "plan.json"
@@ -175,7 +176,7 @@ def test_a_signal_takes_everything_back(
 
 @pytest.mark.ksm
 @pytest.mark.root
-def test_following(ksm: KsmControl, start: Start) -> None:
+def test_following(ksm: KsmControl, dedup: Dedup, start: Start) -> None:
     process = subprocess.Popen(
         [sys.executable, "-u", "-m", "dedup", "apply", "--name", "dedup-later", "--follow",
          "--start-ksmd"],
@@ -192,6 +193,8 @@ def test_following(ksm: KsmControl, start: Start) -> None:
     assert "1 that appeared later" in out
     assert "Traceback" not in err
     assert merges_any(later.pid)
+    assert dedup("apply", "--undo").status == 0
+    assert not merges_any(later.pid)
 
 
 @pytest.mark.parametrize(
@@ -231,4 +234,5 @@ def test_on_a_narrow_terminal(ksm: KsmControl, start: Start) -> None:
     words = pid_words(start(), start())
     shown = on_terminal(["apply", *words, *QUICK, "--dry-run"], columns=40)
     assert shown.status == 0
-    assert max(map(len, shown.screen.replace("\r", "").splitlines())) <= 60
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.screen.replace("\r", ""))
+    assert max(map(len, text.splitlines())) <= 40
