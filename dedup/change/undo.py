@@ -92,15 +92,17 @@ def undo(
     """
     result = Result([], [])
     infos = {i.id: i for i in processes.every()}
+    seen: set[ProcessId] = set()
+    touched: list[Application] = []
     for application in reversed(applied.applications()):
         if interrupted_only and application.finished:
             continue
-        done: set[ProcessId] = set()
+        undone = False
         for mark in reversed(application.marks):
             if not wanted(mark.id):
                 continue
             family = [mark.id, *_descendants(mark, application, infos)]
-            done |= set(family)
+            undone, seen = True, seen | set(family)
             if not dry_run:
                 step("undo: record")
                 applied.undoing(mark)
@@ -112,8 +114,10 @@ def undo(
             if not dry_run and not any(o.outcome == "failed" for o in outcomes):
                 step("undo: recorded")
                 applied.undone(mark)
-        if done:
-            result.unknown += _unknown(application, done, infos)
+        if undone:
+            touched.append(application)
+    for application in touched:
+        result.unknown += _unknown(application, seen, infos)
     if tidy and not dry_run:
         applied.tidy()
     result.unknown = list(dict.fromkeys(result.unknown))

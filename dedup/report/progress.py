@@ -37,6 +37,7 @@ class Progress:
         self._bar: RichProgress | None = None
         self._task: TaskID | None = None
         self._part = ""
+        self._kind = ""
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """Show how far it is."""
@@ -48,16 +49,33 @@ class Progress:
                 return
             self._bar = self._start()
         words = WORDS.get(what, what) + (self._part if what == "pages" else "")
+        kind = what.partition(":")[0]
+        if self._task is not None and kind != self._kind:
+            # Another speed.
+            self._bar.remove_task(self._task)
+            self._task = None
+        self._kind = kind
         if self._task is None:
             self._task = self._bar.add_task(words, total=total, completed=done)
         else:
             self._bar.update(self._task, description=words, total=total, completed=done)
 
     def _start(self) -> RichProgress:
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            TaskProgressColumn,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
         bars = [] if self._plain else [BarColumn(None)]
-        columns = [TextColumn("{task.description}"), *bars, TaskProgressColumn()]
+        columns = [
+            TextColumn("{task.description}"),
+            *bars,
+            TaskProgressColumn(),
+            TimeRemainingColumn(compact=True),
+        ]
         bar = Progress(
             *columns,
             console=self._console,
