@@ -226,7 +226,9 @@ def command(
         output.show(
             "\n".join(planned.marked_lines(result)),
             "",
-            applied.comparison_table(result.comparison),
+            applied.comparison_table(result.comparison, output.width, plain=output.plain),
+            "",
+            applied.process_table(result, output.width, plain=output.plain),
             "",
             "\n".join(applied.application_lines(result)),
         )

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import platform
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from dedup.report import planned
 from dedup.report.jsonout import envelope, host_object
 from dedup.report.names import lossless, safe
+from dedup.report.table import Column, fitting
+from dedup.report.text import span
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from rich.table import Table
+    from rich.console import RenderableType
 
     from dedup.change.apply import Application
     from dedup.change.journal import Restored
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
     from dedup.change.verify import Comparison
     from dedup.selftest.cases import Case
     from dedup.selftest.run import CaseResult, SelfTest
+
+
+SHOWN: Final = 20
+"""Processes in a table."""
 
 
 def _comparison(c: Comparison) -> dict[str, Any]:
@@ -197,24 +203,51 @@ def self_test_summary(test: SelfTest) -> str:
     return text
 
 
-def comparison_table(c: Comparison) -> Table:
+def comparison_table(c: Comparison, width: int, *, plain: bool) -> RenderableType:
     """Predicted, actual, difference."""
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False)
-    table.add_column("")
-    for head in ("predicted", "actual", "difference"):
-        table.add_column(head, justify="right")
     difference = c.difference
-    for name, actual in c.actual.items():
-        predicted = c.predicted[name]
-        if predicted is None and name in c.bounds:
-            shown = "{:,}..{:,}".format(*c.bounds[name])
-        else:
-            shown = "unknown" if predicted is None else f"{predicted:,}"
-        off = f"{difference[name]:+,}" if difference.get(name) else "0"
-        table.add_row(name, shown, f"{actual:,}", off if name in difference else "")
-    return table
+    rows = [
+        [name, _predicted(c, name), f"{actual:,}", _off(difference, name)]
+        for name, actual in c.actual.items()
+    ]
+    columns = [
+        Column("", 5, right=False), Column("predicted", 2), Column("actual", 4),
+        Column("difference", 3),
+    ]  # fmt: skip
+    return fitting(columns, rows, width, plain=plain, flexible=0)
+
+
+def _predicted(c: Comparison, name: str) -> str:
+    if name in c.bounds:
+        return span(*c.bounds[name])
+    value = c.predicted[name]
+    return "unknown" if value is None else f"{value:,}"
+
+
+def _off(difference: dict[str, int], name: str) -> str:
+    if name not in difference:
+        return ""
+    return f"{difference[name]:+,}" if difference[name] else "0"
+
+
+def process_table(a: Application, width: int, *, plain: bool) -> RenderableType:
+    """Merged pages of each process, predicted and counted."""
+    name = "ksm_merging_pages"
+    rows = []
+    for p in a.processes[:SHOWN]:
+        c = p.comparison
+        if c is None:
+            rows.append([str(p.pid), "", "ended or hidden", "", p.name])
+            continue
+        off = _off(c.difference, name)
+        rows.append([str(p.pid), _predicted(c, name), f"{c.actual[name]:,}", off, p.name])
+    if len(a.processes) > SHOWN:
+        rows.append([f"and {len(a.processes) - SHOWN} more", "", "", "", ""])
+    columns = [
+        Column("pid", 5), Column("merging, predicted", 3), Column("actual", 4),
+        Column("difference", 2), Column("process", 5, right=False),
+    ]  # fmt: skip
+    return fitting(columns, rows, width, plain=plain)
 
 
 def application_lines(a: Application) -> list[str]:

@@ -79,6 +79,8 @@ def test_words_for_people(ksm: KsmControl, dedup: Dedup, start: Start) -> None:
     assert "made mergeable" in done.out
     assert "stopped for" in done.out
     assert "the prediction holds" in done.out
+    assert "merging, predicted" in done.out
+    assert all(re.search(rf"{pid} +[\d,]+ +[\d,]+ +0 +python", done.out) for pid in words[1::2])
     again = dedup("apply", *words, *QUICK, "--start-ksmd")
     assert "mergeable already: 2 processes" in again.out
     one = words[1]
