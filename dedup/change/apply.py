@@ -363,11 +363,13 @@ def _tolerance(scan: Scan) -> int:
 
 def _alone(ksm: Ksm, pids: Sequence[int]) -> bool:
     """Whether these processes are the only ones that KSM works for."""
-    mine = set(pids)
-    for pid in ksm_interface.users():
-        if pid not in mine:
-            return False
     known = sum(c.ksm_rmap_items for c in _read_all(pids).values())
+    for use in ksm_interface.uses().found:
+        if use.info.id.pid in pids:
+            continue
+        if not use.stale:
+            return False
+        known += use.counters.ksm_rmap_items
     return ksm.counters().rmap_items <= known
 
 

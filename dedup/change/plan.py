@@ -125,7 +125,9 @@ def make(
     step("scan")
     # Those that ksmd knows already come first, then ours as they are marked.
     order = [*users, *already, *(c.id.pid for c in chosen)]
-    scan_plan = replace(scan_plan, order_known=not users and not already and not ksm.Ksm().running)
+    # ksmd's list is in the order of marking, where it is empty now.
+    alone = not ksm.uses().found and not ksm.Ksm().running
+    scan_plan = replace(scan_plan, order_known=alone)
     scan = _scan(order, scan_plan, marked)
     # Of several that run in one address space one is there.
     found = {p.id for p in scan.pages.processes}

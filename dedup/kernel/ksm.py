@@ -265,6 +265,13 @@ class Use:
     info: Info
     counters: ProcessCounters
 
+    @property
+    def stale(self) -> bool:
+        """Nothing of it is mergeable any more: ksmd forgets its pages when it comes by."""
+        c = self.counters
+        # A kernel that tells of the one tells of the other.
+        return c.ksm_merge_any is not None and not (c.ksm_mergeable or c.ksm_merge_any)
+
 
 @dataclass(frozen=True, slots=True)
 class Uses:
@@ -306,5 +313,5 @@ def uses(proc: Path = Path("/proc")) -> Uses:
 
 
 def users(proc: Path = Path("/proc")) -> dict[int, str]:
-    """Processes that KSM works for, or would: pid and name. Root sees all of them."""
-    return {use.info.id.pid: use.info.name for use in uses(proc).found}
+    """Processes that are mergeable: pid and name. Root sees all of them."""
+    return {use.info.id.pid: use.info.name for use in uses(proc).found if not use.stale}

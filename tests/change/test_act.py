@@ -506,6 +506,19 @@ def test_those_mergeable_already_are_counted_in(ksm: KsmControl, targets: list[T
     undo(Applied())
 
 
+def test_one_that_was_undone_counts_no_more(ksm: KsmControl, targets: list[Target]) -> None:
+    """ksmd rests, so that it still has its pages on its list."""
+    apply([targets[0].pid], PLAN, WHOLE, start_ksmd=True)
+    undo(Applied())
+    assert ksm.ksm.counters().rmap_items
+    assert targets[0].pid not in ksm_interface.users()
+    done = apply([targets[1].pid, targets[2].pid], PLAN, WHOLE, start_ksmd=True)
+    assert not done.by_process
+    assert not any(done.comparison.difference.values())
+    assert [m.pid for m in done.plan.members] == sorted(done.plan.pids)
+    undo(Applied())
+
+
 def test_intersection() -> None:
     assert intersection([(0, 10), (20, 30)], [(5, 25)]) == [(5, 10), (20, 25)]
     assert intersection([(0, 100)], [(10, 20), (30, 40), (90, 120)]) == [
