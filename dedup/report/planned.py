@@ -145,12 +145,12 @@ def plan_lines(plan: Plan) -> list[str]:
     lines = []
     if plan.chosen:
         what = (
-            f"{len(plan.chosen)} whole: what they map later and their children included"
+            "whole, what they map later and their children included"
             if plan.ranges is None
-            else f"the ranges that pay of {len(plan.chosen)}: "
-            f"{count(sum(map(len, plan.ranges.values())), 'range')}"
+            else f"in the {count(sum(map(len, plan.ranges.values())), 'range')} that pay"
         )
-        lines.append(f"to make mergeable: {size(plan.marked_bytes)}, {what}")
+        who = count(len(plan.chosen), "process", "processes")
+        lines.append(f"to make mergeable: {size(plan.marked_bytes)} of {who}, {what}")
         lines += [f"  {c.id.pid} {safe(c.name)}" for c in plan.chosen[:SHOWN]]
         if len(plan.chosen) > SHOWN:
             lines.append(f"  and {len(plan.chosen) - SHOWN} more")

@@ -73,7 +73,7 @@ def test_plan_apply_undo(ksm: KsmControl, dedup: Dedup, start: Start, tmp_path: 
 def test_words_for_people(ksm: KsmControl, dedup: Dedup, start: Start) -> None:
     words = pid_words(start(), start())
     shown = dedup("apply", *words, *QUICK, "--how", "whole", "--dry-run")
-    assert "2 whole" in shown.out
+    assert "2 processes, whole" in " ".join(shown.out.split())
     assert "nothing was changed" in shown.out
     done = dedup("apply", *words, *QUICK, "--how", "whole", "--start-ksmd")
     assert "made mergeable" in done.out
