@@ -211,14 +211,14 @@ class Target:
         os.close(to)
         os.close(back)
 
-    def keep_writing(self, name: str, pages: list[int]) -> int:
-        """Rewrite pages until a line comes in; gives the rounds made."""
+    def keep_writing(self, name: str, pages: list[int], *, same: bool = False) -> int:
+        """Rewrite pages until a line comes in, with the bytes they have or others; the rounds."""
         places = [ctypes.c_uint64.from_address(self.start[name] + p * PAGE) for p in pages]
         rounds = 0
         for _ in until_a_line():
             rounds += 1
             for p in places:
-                p.value = rounds
+                p.value = p.value if same else rounds
         return rounds
 
     def keep_forking(self, name: str, pages: int, live_seconds: float) -> int:

@@ -73,20 +73,22 @@ def converge(
     while True:
         now = ksm.counters()
         figures = settled() if settled else now.settled()
+        # Pages that were written to since may have left the counters, and come back.
+        events = vmstat.events().cow_ksm
+        apart = 0 if events is None or broken is None else events - broken
         if last is None or any(
-            abs(a - b) > slack_pages for a, b in zip(figures, last, strict=True)
+            abs(a - b) > slack_pages + apart for a, b in zip(figures, last, strict=True)
         ):
-            last, since, broken = figures, now.full_scans, vmstat.events().cow_ksm
+            last, since, broken = figures, now.full_scans, events
         # A scan is under way when the figures are read: one more makes it whole.
         if now.full_scans - first >= least_scans and now.full_scans - since > STILL_SCANS:
-            events = vmstat.events().cow_ksm
             return Convergence(
                 counters=now,
                 full_scans=now.full_scans - first,
                 seconds=time.monotonic() - begin,
                 broken_pages=None
                 if events is None or broken is None
-                else (events - broken) / (now.full_scans - since),
+                else apart / (now.full_scans - since),
             )
         if progress is not None:
             progress(now)

@@ -51,7 +51,7 @@ class Looks:
 
 
 REMERGE_SCANS: Final = 1.25
-"""Full scans for which a page that is broken stays apart, at the most: one, and how rates vary."""
+"""Full scans for which a page that is broken may be out of the counters: one, as rates vary."""
 
 
 def looks(full_scan_seconds: float) -> Looks:
@@ -182,7 +182,10 @@ def rewritten(last: Prediction, broken_pages: float, page_size: int) -> Predicti
     """What was predicted, as a range where programs write again what merged pages hold already.
 
     No look sees that, since the content stays; the kernel counts it (cow_ksm). Such a page merges
-    anew when ksmd comes by: within a full scan, since its checksum is the one that ksmd knows.
+    anew when ksmd comes by, its checksum being the one that ksmd knows, and is counted as shared
+    until then. But where all mappings of a content are written to within a full scan, its KSM page
+    is freed and all of them leave the counters at once (mm/ksm.c, ksm_get_folio), to come back one
+    by one. So: between all and none of those pages.
 
     Parameters
     ----------

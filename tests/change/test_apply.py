@@ -117,6 +117,46 @@ def test_others_who_come_meanwhile_leave_the_sums(ksm: KsmControl, pids: list[in
     assert done.holds
 
 
+def test_pages_rewritten_with_the_same_bytes_make_a_range(ksm: KsmControl, pids: list[int]) -> None:
+    """No look sees it: the kernel's count of broken pages does."""
+    # A full scan takes long enough for all of them to be written to in it.
+    ksm.set(pages_to_scan=100, sleep_millisecs=20)
+    with Target() as target:
+        mergeable(target)
+        target.send("keep_writing", name="a", pages=list(range(50)), same=True)
+        try:
+            done = apply([*pids, target.pid], PLAN, start_ksmd=True)
+        finally:
+            target.stop()
+    assert done.broken_pages
+    assert done.comparison.predicted["pages_sharing"] is None
+    low, high = done.comparison.bounds["pages_sharing"]
+    assert high == 3 * PAGES - 20 * 3 + 59
+    assert high - 1.25 * 60 <= low < high
+    assert done.holds
+
+
+def test_contents_rewritten_everywhere_leave_the_counters(ksm: KsmControl) -> None:
+    """Each copy of each content is written to in a full scan: its node goes, all at once."""
+    ksm.set(pages_to_scan=100, sleep_millisecs=20)
+    with Target() as first, Target() as second:
+        for target in (first, second):
+            mergeable(target)
+            target.do("map", name="more", pages=1000)
+            target.do("fill", name="more", at=0, count=1000, what="unique")
+            target.do("advise", name="more", what="mergeable")
+            target.send("keep_writing", name="a", pages=list(range(PAGES)), same=True)
+        try:
+            done = apply([first.pid, second.pid], PLAN, start_ksmd=True)
+        finally:
+            first.stop()
+            second.stop()
+    low, high = done.comparison.bounds["pages_sharing"]
+    assert (low, high) == (0, PAGES)
+    assert done.comparison.actual["pages_sharing"] < PAGES
+    assert done.holds
+
+
 def test_the_advisor_is_named(ksm: KsmControl, pids: list[int]) -> None:
     ksm.set(advisor_mode="scan-time")
     done = apply(pids, PLAN, start_ksmd=True)

@@ -144,6 +144,27 @@ def test_a_process_that_ended_leaves_a_range() -> None:
     assert steady.at_the_most(last, 1.0, PAGE) == last
 
 
+def test_pages_rewritten_with_their_own_bytes_are_apart_for_a_scan() -> None:
+    last = prediction(copies(volatile=0), Rules())
+    assert steady.rewritten(last, 0.0, PAGE) == last
+    high = last.pages_sharing
+    assert high is not None
+    found = steady.rewritten(last, 20.0, PAGE)
+    low = found.bounds["pages_sharing"][0]
+    assert found.bounds["pages_sharing"][1] == high
+    # A share of the 25 is of the nodes.
+    assert high - 25 <= low <= high - 15
+    assert found.bounds["stable_node_chains"][0] == 0
+    for before, after in zip(last.processes, found.processes, strict=True):
+        assert before.ksm_merging_pages is not None
+        assert after.bounds["ksm_merging_pages"] == (
+            max(0, before.ksm_merging_pages - 25),
+            before.ksm_merging_pages,
+        )
+    all_of_it = steady.rewritten(last, 1e9, PAGE)
+    assert all_of_it.bounds["pages_sharing"] == (0, high)
+
+
 def test_an_extrapolated_breakdown_adds_up() -> None:
     first, second, third = (prediction(copies(volatile=v), Rules()) for v in (0, 10, 20))
     found = steady.extrapolate((first, second, third), 3.0, 30.0, PAGE)
