@@ -199,6 +199,7 @@ def command(
                 timeout_seconds=timeout,
                 progress=progress,
                 given=given,
+                step=_finishing,
             )
     if dry_run:
         if output.json:
@@ -219,6 +220,14 @@ def command(
     if not result.holds:
         return CheckFailed.exit_status
     return 0 if result.scan.complete else Partial.exit_status
+
+
+def _finishing(step: str) -> None:
+    """What is finished stays: a signal would say that it was taken back."""
+    if step == "finish":
+        from dedup.cli import guard
+
+        guard.too_late_to_interrupt()
 
 
 def _undo(output: Output, choice: Choice, *, suspend_seccomp: bool, dry_run: bool) -> int:
