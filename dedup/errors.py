@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 
-class DedupError(Exception):
-    """Base of all errors that users meet.
+class Told(BaseException):
+    """Base of all that ends a command with a word and a status.
 
     Parameters
     ----------
@@ -24,6 +24,10 @@ class DedupError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = self.default_hint if hint is None else hint
+
+
+class DedupError(Told, Exception):
+    """Base of all errors that users meet."""
 
 
 class CheckFailed(DedupError):
@@ -133,8 +137,12 @@ class OutputFailed(DedupError):
     exit_status = 10
 
 
-class Interrupted(DedupError):
-    """A signal ended the run; everything was put back."""
+class Interrupted(Told):
+    """A signal ended the run; everything was put back.
+
+    As KeyboardInterrupt it is no Exception: whoever goes on after the error of one process must
+    not go on after this.
+    """
 
     code = "interrupted"
     exit_status = 130

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self
 from dedup.change.applied import Applied, Mark
 from dedup.change.tunables import SIGNALS
 from dedup.change.undo import Result, intersection, program_of, total, undo
-from dedup.errors import DedupError, NoSuchProcess, Partial, ProcessGone
+from dedup.errors import DedupError, NoSuchProcess, Partial, ProcessGone, Told
 from dedup.kernel import inject, ksm, maps, processes
 from dedup.kernel.lock import STATE
 from dedup.kernel.processes import Handle
@@ -106,6 +106,7 @@ class Marks:
         self.marked: list[Marked] = []
         self.failed: list[Failed] = []
         self.taken_back: Result | None = None
+        self._begun = False
         self._recorded: set[ProcessId] = set()
 
     def __enter__(self) -> Self:
@@ -114,13 +115,20 @@ class Marks:
     def __exit__(
         self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
     ) -> None:
-        if not self._recorded:
+        if not self._begun:
             return
-        if kind is None:
+        if e is None:
             self.step("finish")
-            self.applied.finish(self.application)
+            try:
+                self.applied.finish(self.application)
+            except DedupError as failure:
+                self._take_back(failure)
+                raise
             self.applied.tidy()
             return
+        self._take_back(e)
+
+    def _take_back(self, e: BaseException) -> None:
         # A second Ctrl-C must not stop us half-way.
         held = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
@@ -128,11 +136,12 @@ class Marks:
                 self.applied,
                 lambda process: process in self._recorded,
                 interrupted_only=True,
+                unrecorded=True,
                 suspend_seccomp=self.suspend_seccomp,
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, held)
-        if isinstance(e, DedupError):
+        if isinstance(e, Told) and self._recorded:
             e.message += "; what had been made mergeable is taken back"
             e.args = (e.message,)
         left = [p for p in self.taken_back.processes if p.outcome == "failed"]
@@ -159,9 +168,10 @@ class Marks:
         Raises
         ------
         NotPermitted, OutputFailed
-            The record can't be written: nothing was changed by then.
+            The record can't be written: this process is not changed then.
         """
         self.step("begin")
+        self._begun = True
         self.applied.begin(self.application, processes.now_ticks(), _mergeable())
         for process in chosen:
             self._mark(process, None if ranges is None else ranges[process.id.pid])
@@ -183,6 +193,7 @@ class Marks:
             free = [(m.start, m.end) for m in before if "mg" not in m.vm_flags]
             there = [] if ranges is None else intersection(ranges, free)
             self.step("record")
+            self._recorded.add(handle.id)
             self.applied.mark(
                 Mark(
                     application=self.application,
@@ -194,7 +205,6 @@ class Marks:
                     own=tuple(own),
                 )
             )
-            self._recorded.add(handle.id)
             self.step("mark")
             try:
                 stops = self._inject(handle, None if ranges is None else there)

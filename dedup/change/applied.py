@@ -68,6 +68,7 @@ class Applied:
 
     def __init__(self, state: Path = STATE) -> None:
         self.path = state / NAME
+        self._forgotten: set[tuple[str, ProcessId]] = set()
 
     def begin(
         self, application: str, began_ticks: int, mergeable_before: Iterable[ProcessId]
@@ -112,6 +113,10 @@ class Applied:
         """Write that a mark is undone, or that there is nothing left to undo."""
         self._write("undone", mark.application, pid=mark.id.pid, start_time=mark.id.start_time)
 
+    def forget(self, mark: Mark) -> None:
+        """As `undone`, where that can't be written: for this object alone."""
+        self._forgotten.add((mark.application, mark.id))
+
     def tidy(self) -> None:
         """Remove the record once nothing in it is left to undo."""
         if not self.applications():
@@ -132,11 +137,15 @@ class Applied:
         for fields in lines:
             try:
                 _take(found, fields)
-            except (KeyError, TypeError, ValueError) as e:
+            except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
                 raise OutputFailed(
                     f"the record {self.path} can't be read: {type(e).__name__} {e}",
                     f"the processes in it stay mergeable; look at it, then remove {self.path}",
                 ) from e
+        for name, application in found.items():
+            application.marks = [
+                m for m in application.marks if (name, m.id) not in self._forgotten
+            ]
         return [a for a in found.values() if a.marks]
 
 

@@ -195,7 +195,9 @@ def _sorted_out(
                     same_process(handle, given.marks[handle.pid])
                 _require_no_secrets(handle, wish)
                 counters = ksm.process_counters(handle)
-                if not marks or (counters is not None and counters.ksm_merge_any):
+                # What a plan of before would not mark is not marked, whoever has its pid now.
+                kept = given is not None and handle.pid not in given.marks
+                if not marks or kept or (counters is not None and counters.ksm_merge_any):
                     already.append(handle.pid)
                     continue
                 inject.require_possible(handle, suspend_seccomp=wish.suspend_seccomp)

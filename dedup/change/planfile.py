@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 from dedup.change.act import Chosen
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 OLD_SECONDS: Final = 3600.0
 """The memory of a plan of this age has likely changed: what pays is another thing by then."""
 MOST_BYTES: Final = 1 << 26
+ADDRESSES: Final = 1 << 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +65,18 @@ def read(path: Path) -> Given:
             raise ValueError(f"it is of kind {data['kind']!r}")
         marks, ranges = {}, {}
         for mark in data["marks"]:
-            pid = int(mark["pid"])
-            marks[pid] = Chosen(
-                ProcessId(pid, int(mark["start_time"])), str(mark["name"]), tuple(mark["program"])
-            )
+            pid = _whole(mark["pid"])
+            if pid in marks:
+                raise ValueError(f"process {pid} is in it twice")
+            process = ProcessId(pid, _whole(mark["start_time"]))
+            marks[pid] = Chosen(process, str(mark["name"]), tuple(mark["program"]))
             if mark["ranges"] is not None:
-                ranges[pid] = [_range(*pair) for pair in mark["ranges"]]
+                ranges[pid] = _ranges(mark["ranges"])
         if ranges and set(ranges) != set(marks):
             raise ValueError("some of its processes have ranges, others have none")
         boot, made = str(data["boot_id"]), float(data["made_at"])
-        already = tuple(int(p) for p in data["already_mergeable"])
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        already = tuple(_whole(p) for p in data["already_mergeable"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
         raise BadInput(
             f"{path} is no plan of dedup: {_words(e)}",
             "make one: `dedup apply --name NAME --dry-run --json > plan.json`",
@@ -86,10 +89,25 @@ def read(path: Path) -> Given:
     return Given(marks, ranges or None, already, max(0.0, time.time() - made))
 
 
+def _whole(value: object) -> int:
+    # int() would make one of true, and of 1.5.
+    if type(value) is not int:
+        raise ValueError(f"{value!r:.40} is no whole number")
+    return value
+
+
+def _ranges(pairs: list[list[str]]) -> list[tuple[int, int]]:
+    found = sorted(_range(*pair) for pair in pairs)
+    for (_, end), (start, _) in pairwise(found):
+        if start < end:
+            raise ValueError(f"ranges overlap at {start:#x}")
+    return found
+
+
 def _range(start: str, end: str) -> tuple[int, int]:
     low, high = int(start, 16), int(end, 16)
-    if not 0 <= low < high or (low | high) % PAGE_BYTES:
-        raise ValueError(f"{start} to {end} is no range of pages")
+    if not 0 <= low < high <= ADDRESSES or (low | high) % PAGE_BYTES:
+        raise ValueError(f"{start:.40} to {end:.40} is no range of pages")
     return low, high
 
 

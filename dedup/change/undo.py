@@ -7,10 +7,11 @@ those alive are undone with it. What can't be known is listed.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
-from dedup.errors import DedupError, NoMemory, NoSuchProcess, NotPermitted
+from dedup.errors import DedupError, NoMemory, NoSuchProcess, NotPermitted, OutputFailed
 from dedup.kernel import inject, ksm, maps, processes
 from dedup.kernel.processes import Handle
 
@@ -65,6 +66,7 @@ def undo(
     suspend_seccomp: bool = False,
     dry_run: bool = False,
     tidy: bool = True,
+    unrecorded: bool = False,
     step: Callable[[str], None] = lambda _: None,
 ) -> Result:
     """Take back what is in the record, the newest application first.
@@ -82,6 +84,8 @@ def undo(
         Say what would be done.
     tidy : bool
         Remove the record once nothing in it is left to undo.
+    unrecorded : bool
+        Go on where the record can't be written, as on a full disk.
     step : callable, optional
         Told the name of each step before it.
 
@@ -105,7 +109,8 @@ def undo(
             undone, seen = True, seen | set(family)
             if not dry_run:
                 step("undo: record")
-                applied.undoing(mark)
+                with contextlib.suppress(*([OutputFailed] if unrecorded else [])):
+                    applied.undoing(mark)
             outcomes = []
             for process in family:
                 step("undo: process")
@@ -113,7 +118,12 @@ def undo(
             result.processes += outcomes
             if not dry_run and not any(o.outcome == "failed" for o in outcomes):
                 step("undo: recorded")
-                applied.undone(mark)
+                try:
+                    applied.undone(mark)
+                except OutputFailed:
+                    if not unrecorded:
+                        raise
+                    applied.forget(mark)
         if undone:
             touched.append(application)
     for application in touched:

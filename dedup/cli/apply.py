@@ -213,6 +213,7 @@ def command(
                 timeout_seconds=timeout,
                 progress=progress,
                 given=given,
+                step=(lambda _: None) if follow else _finishing,
             )
     if dry_run:
         if output.json:
@@ -285,6 +286,14 @@ def _follow(output: Output, choice: Choice, wish: Wish) -> int:
             "back"
         )
     return 0
+
+
+def _finishing(step: str) -> None:
+    """What is finished stays: a signal would say that it was taken back."""
+    if step == "finish":
+        from dedup.cli import guard
+
+        guard.too_late_to_interrupt()
 
 
 def _undo(output: Output, choice: Choice, *, suspend_seccomp: bool, dry_run: bool) -> int:

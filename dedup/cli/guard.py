@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from dedup.cli import output, root
-from dedup.errors import DedupError, Interrupted, NotPermitted, OutputFailed, Usage
+from dedup.errors import DedupError, Interrupted, NotPermitted, OutputFailed, Told, Usage
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -32,7 +32,8 @@ def run(argv: list[str]) -> int:
     try:
         status = _run(argv)
         output.flush()
-    except DedupError as e:
+        too_late_to_interrupt()
+    except (DedupError, Interrupted) as e:
         return _failed(e, argv)
     return status
 
@@ -47,7 +48,7 @@ def _run(argv: list[str]) -> int:
         return _failed(_usage(e), argv)
     except (click.Abort, KeyboardInterrupt):
         return _failed(Interrupted("interrupted"), argv)
-    except DedupError as e:
+    except (DedupError, Interrupted) as e:
         return _failed(e, argv)
     except BrokenPipeError:
         output.drop_stdout()
@@ -61,8 +62,16 @@ def _run(argv: list[str]) -> int:
             return _failed(OutputFailed(f"writing failed: {e.strerror}"), argv)
         return _defect(e, argv)
     except Exception as e:  # noqa: BLE001 - whatever it is, the user gets a word and a status
-        return _defect(e, argv)
+        ended = _interruption(e)
+        return _failed(ended, argv) if ended else _defect(e, argv)
     return status if isinstance(status, int) else 0
+
+
+def _interruption(e: BaseException | None) -> Interrupted | None:
+    """The signal behind an exception: an import that it ends may say so in words of its own."""
+    while e is not None and not isinstance(e, Interrupted):
+        e = e.__cause__
+    return e
 
 
 def _usage(e: click.ClickException) -> Usage:
@@ -73,7 +82,7 @@ def _usage(e: click.ClickException) -> Usage:
     return Usage(message, f"see `{ctx.command_path if ctx else 'dedup'} --help`")
 
 
-def _failed(e: DedupError, argv: list[str]) -> int:
+def _failed(e: Told, argv: list[str]) -> int:
     """Tell of an error and give its status."""
     words = argv[: argv.index("--")] if "--" in argv else argv
     running = next((w for w in words if not w.startswith("-")), "") == "run"
@@ -105,6 +114,13 @@ def _defect(e: Exception, argv: list[str]) -> int:
     return DEFECT
 
 
+def too_late_to_interrupt() -> None:
+    """From here on a signal ends nothing: what is done is done, and only said any more."""
+    for number in ENDING:
+        # Python would give it its deadly default back on its way out.
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _catch_signals() -> None:
     """The first of SIGINT, SIGTERM and SIGHUP unwinds, so that what was changed is put back.
 
@@ -117,9 +133,7 @@ def _catch_signals() -> None:
         if ending:
             return
         ending = True
-        for other in ENDING:
-            # Python would give it its deadly default back on its way out.
-            signal.signal(other, signal.SIG_IGN)
+        too_late_to_interrupt()
         raise Interrupted(
             "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}",
             number,

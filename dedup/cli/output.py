@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console, RenderableType
 
-    from dedup.errors import DedupError
+    from dedup.errors import Told
     from dedup.report.progress import Progress
 
 Color = Literal["auto", "always", "never"]
@@ -199,7 +199,7 @@ def drop_stdout() -> None:
     os.close(devnull)
 
 
-def error(e: DedupError, hint: str, *, json: bool) -> None:
+def error(e: Told, hint: str, *, json: bool) -> None:
     """Tell of an error: one paragraph on stderr, or the error object on stdout."""
     from dedup.report.names import safe
 

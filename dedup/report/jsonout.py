@@ -14,7 +14,7 @@ from dedup.report.names import lossless
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from dedup.errors import DedupError
+    from dedup.errors import Told
     from dedup.model.smart import SmartScan
     from dedup.pages import Process, Region, Skipped
     from dedup.report.summary import By, Service
@@ -39,7 +39,7 @@ def envelope(kind: str, **fields: Any) -> dict[str, Any]:
     return {"schema_version": SCHEMA_VERSION, "kind": kind, **fields}
 
 
-def error_object(e: DedupError, hint: str | None = None) -> dict[str, Any]:
+def error_object(e: Told, hint: str | None = None) -> dict[str, Any]:
     """An error, with the hint that is shown."""
     return envelope(
         "error",

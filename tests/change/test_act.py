@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from dedup.change.undo import intersection, program_of, undo
 from dedup.errors import (
     Busy,
     CheckFailed,
+    Interrupted,
     KsmNotRunning,
     OutputFailed,
     ProcessGone,
@@ -341,6 +343,83 @@ def test_an_error_takes_everything_back(ksm: KsmControl, pids: list[int], step: 
     assert not any(mergeable(pid) or merges_any(pid) for pid in pids)
     assert ksm.ksm.tunables() == before
     assert not Applied().path.exists()
+
+
+@pytest.mark.parametrize("at", ["record", "mark", "marked"])
+def test_a_signal_amid_the_marking_ends_it(ksm: KsmControl, pids: list[int], at: str) -> None:
+    """It is not one process's failure, after which the others are still marked."""
+    seen = []
+
+    def step(name: str) -> None:
+        seen.append(name)
+        if name == at:
+            raise Interrupted("interrupted")
+
+    with pytest.raises(Interrupted):
+        apply(pids, PLAN, WHOLE, start_ksmd=True, step=step)
+    assert seen[-1] == at
+    assert not any(mergeable(pid) or merges_any(pid) for pid in pids)
+    assert not Applied().path.exists()
+
+
+def test_a_signal_amid_an_injection_ends_the_marking(ksm: KsmControl, pids: list[int]) -> None:
+    """`except DedupError` must not take it for one process that could not be marked."""
+    code = (
+        "import os, signal, sys\n"
+        "from dedup.cli import guard\n"
+        "from dedup.kernel import inject\n"
+        "real, calls = inject.merge_any, []\n"
+        "def merge_any(*args, **words):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 2:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return real(*args, **words)\n"
+        "inject.merge_any = merge_any\n"
+        "sys.exit(guard.run(sys.argv[1:]))\n"
+    )
+    words = [word for pid in pids for word in ("--pid", str(pid))]
+    done = subprocess.run(
+        [sys.executable, "-c", code, "apply", *words, "--how", "whole", "--start-ksmd"],
+        capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 130, (done.stdout, done.stderr)
+    assert not any(mergeable(pid) or merges_any(pid) for pid in pids)
+    assert not Applied().path.exists()
+
+
+def fill(state: Path) -> None:
+    """Leave no room for another line of the record."""
+    applied = Applied(state)
+    line = len(json.dumps({"event": "begin", "application": "", "began_ticks": 0,
+                           "mergeable_before": []})) + 1  # fmt: skip
+    room = -applied.path.stat().st_size % PAGE
+    applied.begin("x" * (room - line), 0, [])
+    with suppress(OSError), (state / "ballast").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(PAGE))
+
+
+@pytest.mark.parametrize("at", ["record", "marked", "finish"])
+def test_a_full_disk_takes_everything_back(
+    ksm: KsmControl, targets: list[Target], tmp_path: Path, at: str
+) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", tmp_path], check=True)
+    targets[0].do("advise", name="own", what="mergeable")
+    own = mergeable(targets[0].pid)
+    pids = [t.pid for t in targets]
+
+    def step(name: str) -> None:
+        if name == at and merges_any(pids[0]) and not (tmp_path / "ballast").exists():
+            fill(tmp_path)
+
+    try:
+        with pytest.raises(OutputFailed, match="taken back"), Marks(tmp_path, step=step) as marks:
+            marks.mark([chosen(pid) for pid in pids], None)
+        assert not any(merges_any(pid) for pid in pids)
+        assert mergeable(pids[0]) == own
+        assert not Applied(tmp_path).path.exists()
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
 
 
 def killed(step: str, how: str, pids: list[int]) -> None:

@@ -126,7 +126,7 @@ def test_a_defect_says_how_to_report_it(
 
     # Nothing that a user can do leads here, so the way in is made by hand.
     monkeypatch.setattr(root.command, "main", broken)
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)}
+    handlers = {n: signal.getsignal(n) for n in guard.ENDING}
     try:
         monkeypatch.delenv("DEDUP_TRACEBACK", raising=False)
         assert guard.run(["scan"]) == 70
@@ -142,6 +142,38 @@ def test_a_defect_says_how_to_report_it(
     assert "DEDUP_TRACEBACK=1" in short
     assert "Traceback" not in short
     assert "Traceback" in long
+
+
+def test_a_signal_amid_an_import_is_no_defect(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python 3.11 wraps what is raised in `__set_name__`, as of NumPy's, into a RuntimeError."""
+
+    class Attribute:
+        def __set_name__(self, owner: type, name: str) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    def interrupted(*args: object, **kwargs: object) -> int:
+        type("Owner", (), {"attribute": Attribute()})
+        return 0
+
+    monkeypatch.setattr(root.command, "main", interrupted)
+    handlers = {n: signal.getsignal(n) for n in guard.ENDING}
+    try:
+        assert guard.run(["scan"]) == 143
+    finally:
+        for n, handler in handlers.items():
+            signal.signal(n, handler)
+    assert capsys.readouterr().err == "dedup: ended by SIGTERM\n"
+
+
+def test_a_signal_after_the_end_changes_nothing() -> None:
+    done = dedup_shell(
+        "$PYTHON -c 'import atexit, os, signal, sys; from dedup.__main__ import main;"
+        " atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT));"
+        ' sys.exit(main(["--version"]))\''
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_python_m_dedup_gives_the_status_to_the_shell() -> None:
