@@ -182,6 +182,17 @@ class Target:
         area = (ctypes.c_uint64 * 4)(self.start[name], self.size[name], mode, 0)
         check(LIBC.ioctl(fd, ctypes.c_ulong(UFFDIO_REGISTER), area), "UFFDIO_REGISTER")
 
+    def move(self, name: str) -> int:
+        """mremap a mapping to another place; gives the address."""
+        LIBC.mremap.restype = ctypes.c_void_p
+        LIBC.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int,
+                                ctypes.c_void_p]  # fmt: skip
+        place = check(LIBC.mmap(None, self.size[name], 0, PRIVATE_ANONYMOUS, -1, 0), "mmap")
+        self.start[name] = check(
+            LIBC.mremap(self.start[name], self.size[name], self.size[name], 3, place), "mremap"
+        )
+        return self.start[name]
+
     def unmap(self, name: str) -> None:
         """munmap a mapping."""
         check(LIBC.munmap(self.start.pop(name), self.size.pop(name)), "munmap")

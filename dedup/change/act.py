@@ -67,8 +67,8 @@ def same_process(handle: Handle, chosen: Chosen) -> None:
     """
     if handle.id != chosen.id:
         raise ProcessGone(
-            f"process {chosen.id.pid} ({chosen.name}) has ended; its pid is now that of "
-            f"{handle.info.name}, which was not chosen",
+            f"process {chosen.id.pid} ({chosen.name}) has ended; another one, "
+            f"{handle.info.name}, which was not chosen, has its pid now",
             "choose anew",
         )
     if program_of(handle.info) != chosen.program:

@@ -142,12 +142,12 @@ def make(
         elif wish.how == "ranges" or (wish.how == "auto" and choice.pays):
             ranges = _by_pid(scan, choice, chosen)
         if ranges is not None:
-            chosen = [c for c in chosen if ranges.get(c.id.pid)]
-            ranges = {c.id.pid: ranges[c.id.pid] for c in chosen}
+            # One of which nothing more pays may have mergeable memory all the same.
+            wanted = {c.id.pid: ranges.get(c.id.pid, []) for c in chosen}
+            chosen = [c for c in chosen if wanted[c.id.pid]]
+            ranges = {c.id.pid: wanted[c.id.pid] for c in chosen}
             step("scan ranges")
-            order = [*users, *already, *ranges]
-            if order:
-                scan = _scan(order, scan_plan, {**marked, **ranges})
+            scan = _scan([*users, *already, *wanted], scan_plan, {**marked, **wanted})
     require_mergeable(scan)
     scan.pages.skipped += left_out
     return Plan(scan, chosen, already, ranges, choice, members, left_out)

@@ -42,6 +42,9 @@ class Undone:
     """Of the mappings that were mergeable and are not any more."""
     stopped_seconds: float = 0.0
     """The longest stop."""
+    elsewhere_bytes: int = 0
+    """Mergeable at other addresses than we marked: moved there (mremap), or marked by the program
+    itself since. That stays."""
 
 
 @dataclass(slots=True)
@@ -189,6 +192,9 @@ def _take_back(
         out.why = "all its memory was made mergeable since, by another than us"
         return
     ours = intersection(mark.ranges, marked)
+    elsewhere = total(marked) - total(ours) - total(intersection(mark.own, marked))
+    if elsewhere > 0:
+        out.elsewhere_bytes = elsewhere
     out.bytes = total(ours)
     if not ours:
         out.outcome, out.why = "nothing", "none of what we marked is there any more"

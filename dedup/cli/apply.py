@@ -170,6 +170,8 @@ def command(
     if cases:
         raise Usage("--case goes with --self-test", "see `dedup apply --help`")
     if undo:
+        if plan_file or follow:
+            raise Usage("--undo goes by the record: no --plan, no --follow", "choose by `--pid`")
         return _undo(output, choice, suspend_seccomp=suspend_seccomp, dry_run=dry_run)
     if choice and plan_file:
         raise Usage("--plan has its processes: choose none with it", "see `dedup apply --help`")

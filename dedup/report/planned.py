@@ -131,6 +131,7 @@ def undone_object(processes: Iterable[Undone]) -> list[dict[str, Any]]:
             "why": lossless(p.why),
             "descendant_of": p.descendant_of,
             "unmarked_bytes": p.bytes,
+            "elsewhere_bytes": p.elsewhere_bytes,
             "stopped_seconds": p.stopped_seconds,
         }
         for p in processes
@@ -253,5 +254,11 @@ def undo_lines(result: Result, *, dry_run: bool) -> list[str]:
             lines.append(f"{who}could not be taken back: {safe(p.why)}")
         else:
             lines.append(f"{who}nothing to take back: {safe(p.why)}")
+    lines += [
+        f"{p.pid} ({safe(p.name)}) has {size(p.elsewhere_bytes)} mergeable at other addresses: "
+        "moved there, or marked by itself; whether that is ours can't be known"
+        for p in result.processes
+        if p.elsewhere_bytes
+    ]
     lines += [safe(u) for u in result.unknown]
     return lines

@@ -151,6 +151,29 @@ def test_a_fifth_of_the_pages_brings_all_the_savings(ksm: KsmControl, target: Ta
     assert followed["auto"] == followed["ranges"]
 
 
+def test_ranges_once_more(ksm: KsmControl, pids: list[int]) -> None:
+    """Nothing more pays, and what is mergeable counts."""
+    apply(pids, PLAN, RANGES, start_ksmd=True)
+    before = [mergeable(pid) for pid in pids]
+    again = apply(pids, PLAN, RANGES, start_ksmd=True)
+    assert again.holds
+    assert not any(again.comparison.difference.values())
+    undo(Applied())
+    assert all(before)
+    assert not any(mergeable(pid) for pid in pids)
+
+
+def test_what_was_moved_since_is_said(ksm: KsmControl, targets: list[Target]) -> None:
+    pids = [t.pid for t in targets]
+    plan = planning.make(pids, PLAN, RANGES)
+    with Marks() as marks:
+        marks.mark(plan.chosen, plan.ranges)
+    targets[0].do("move", name="same")
+    result = {p.pid: p for p in undo(Applied()).processes}
+    assert result[pids[0]].elsewhere_bytes >= PAGES * PAGE * 0.9
+    assert result[pids[1]].elsewhere_bytes == 0
+
+
 def test_what_a_program_advised_itself_stays(ksm: KsmControl, targets: list[Target]) -> None:
     first = targets[0]
     first.do("advise", name="own", what="mergeable")
