@@ -132,7 +132,7 @@ class Applied:
         for fields in lines:
             try:
                 _take(found, fields)
-            except (KeyError, TypeError, ValueError) as e:
+            except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
                 raise OutputFailed(
                     f"the record {self.path} can't be read: {type(e).__name__} {e}",
                     f"the processes in it stay mergeable; look at it, then remove {self.path}",

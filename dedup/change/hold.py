@@ -182,7 +182,7 @@ def read(state: Path = STATE) -> Holders | None:
     try:
         data = json.loads(path.read_bytes())
         before = data["before"]
-        if before is not None and not isinstance(before, int):
+        if before is not None and type(before) is not int:
             raise TypeError
         return Holders(before, [ProcessId(int(p), int(s)) for p, s in data["holders"]])
     except FileNotFoundError:
@@ -191,7 +191,7 @@ def read(state: Path = STATE) -> Holders | None:
         raise NotPermitted(f"may not read {path}: {e.strerror}") from e
     except OSError as e:
         raise OutputFailed(f"reading {path} failed: {e.strerror}", "") from e
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
         raise OutputFailed(
             f"{path} can't be read",
             f"set /sys/kernel/mm/ksm/run as it should be, then remove {path}",

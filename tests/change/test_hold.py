@@ -232,8 +232,12 @@ def test_a_pid_used_again_holds_nothing(tmp_path: Path) -> None:
     assert [r.outcome for r in restore(Ksm(), tmp_path)] == ["restored"]
 
 
-def test_a_file_that_is_damaged_is_told(tmp_path: Path) -> None:
-    (tmp_path / "ksmd").write_text("{")
+@pytest.mark.parametrize(
+    "text", ["{", '{"before": true, "holders": []}', '{"before": 0, "holders": [[1e999, 1]]}',
+             "[" * 100_000]
+)  # fmt: skip
+def test_a_file_that_is_damaged_is_told(tmp_path: Path, text: str) -> None:
+    (tmp_path / "ksmd").write_text(text)
     with pytest.raises(OutputFailed, match="can't be read"):
         restore(Ksm(), tmp_path)
     with HostLock(tmp_path):
