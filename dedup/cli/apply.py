@@ -224,9 +224,9 @@ def command(
 def _undo(output: Output, choice: Choice, *, suspend_seccomp: bool, dry_run: bool) -> int:
     from dedup import scanning
     from dedup.change.applied import Applied
+    from dedup.change.tunables import host_locked
     from dedup.change.undo import undo
     from dedup.errors import NoSuchProcess
-    from dedup.kernel.lock import HostLock
     from dedup.report import planned
 
     pids = set(choice.pids)
@@ -236,7 +236,7 @@ def _undo(output: Output, choice: Choice, *, suspend_seccomp: bool, dry_run: boo
         except NoSuchProcess:
             if not pids:
                 raise
-    with HostLock():
+    with host_locked(dry_run=dry_run):
         result = undo(
             Applied(),
             (lambda process: process.pid in pids) if choice else (lambda _: True),
