@@ -11,12 +11,11 @@ from dedup.change import verify, wait
 from dedup.change.act import Marks
 from dedup.change.plan import Wish
 from dedup.change.planfile import OLD_SECONDS
-from dedup.change.tunables import Tunables, others_at_the_knobs
+from dedup.change.tunables import Tunables, host_locked, others_at_the_knobs
 from dedup.errors import KsmNotRunning, Usage
 from dedup.kernel import ksm as ksm_interface
 from dedup.kernel import meminfo
 from dedup.kernel.ksm import RUN_MERGE, RUN_STOP, Ksm
-from dedup.kernel.lock import HostLock
 from dedup.kernel.processes import Handle
 from dedup.model import merge, steady
 from dedup.pages import Skipped
@@ -146,7 +145,7 @@ def apply(
         if not keep_tunables or start_ksmd:
             tunables = stack.enter_context(Tunables(ksm))
         else:
-            stack.enter_context(HostLock())
+            stack.enter_context(host_locked())
         before = meminfo.read()
         plan = planning.make(pids, scan_plan, wish, step, given)
         _require_time(plan.scan, ksm, timeout_seconds)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from dedup.change import trust
 from dedup.change.act import Chosen, Marks
+from dedup.change.tunables import host_locked
 from dedup.change.undo import program_of
 from dedup.errors import Busy, DedupError, NoSuchProcess
 from dedup.kernel import inject, ksm
 from dedup.kernel.arrivals import Arrivals
-from dedup.kernel.lock import HostLock
 from dedup.kernel.processes import Handle
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def _mark(info: Info, wish: Wish, tell: Callable[[Followed], None]) -> bool:
         return True
 
     try:
-        with HostLock(), Handle(info.id.pid) as handle:
+        with host_locked(), Handle(info.id.pid) as handle:
             if handle.id != info.id:
                 return True  # ended, and its pid is another's: that one is an arrival, too
             chosen = Chosen(handle.id, handle.info.name, program_of(handle.info))

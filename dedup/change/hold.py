@@ -151,6 +151,55 @@ def settle(ksm: Ksm, state: Path = STATE, then: Callable[[], None] | None = None
         raise
 
 
+def hand_over(state: Path, record: Callable[[int], None]) -> None:
+    """Let `run` stay as the holders have it; for whoever holds the host's lock.
+
+    Parameters
+    ----------
+    state : Path
+    record : callable
+        ``record(before)`` writes down what `run` was before them, since they forget it.
+
+    Raises
+    ------
+    NotPermitted, OutputFailed
+    """
+    if not (state / NAME).exists():
+        return
+    with _locked(state):
+        found = read(state)
+        if found is None or found.before in {None, RUN_MERGE}:
+            return
+        assert found.before is not None
+        record(found.before)
+        _write(state, Holders(RUN_MERGE, found.holders))
+
+
+def go_on(ksm: Ksm, state: Path, before: int) -> None:
+    """Start ksmd again for its holders, after `run` was put back under them.
+
+    For whoever holds the host's lock.
+
+    Parameters
+    ----------
+    ksm : Ksm
+    state : Path
+    before : int
+        What `run` was put back to: the last holder does the same.
+
+    Raises
+    ------
+    NotPermitted, OutputFailed
+    """
+    if not (state / NAME).exists():
+        return
+    with _locked(state):
+        found = read(state)
+        if found is not None and found.before is not None and (living := _living(found)):
+            _write(state, Holders(before, living))
+            _start(ksm)
+
+
 def planned(ksm: Ksm, state: Path, run: int | None = None) -> list[Restored]:
     """What `settle` would put back, without doing it.
 
@@ -182,7 +231,7 @@ def read(state: Path = STATE) -> Holders | None:
     try:
         data = json.loads(path.read_bytes())
         before = data["before"]
-        if before is not None and not isinstance(before, int):
+        if before is not None and type(before) is not int:
             raise TypeError
         return Holders(before, [ProcessId(int(p), int(s)) for p, s in data["holders"]])
     except FileNotFoundError:
@@ -191,7 +240,7 @@ def read(state: Path = STATE) -> Holders | None:
         raise NotPermitted(f"may not read {path}: {e.strerror}") from e
     except OSError as e:
         raise OutputFailed(f"reading {path} failed: {e.strerror}", "") from e
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
         raise OutputFailed(
             f"{path} can't be read",
             f"set /sys/kernel/mm/ksm/run as it should be, then remove {path}",

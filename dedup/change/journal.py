@@ -121,8 +121,10 @@ def read(path: Path, needed: Mapping[str, type]) -> list[dict[str, Any]]:
             fields = json.loads(line)
             if not all(isinstance(fields[name], kind) for name, kind in needed.items()):
                 raise TypeError
+            if "\0" in str(fields.get("path", "")):
+                raise ValueError
             found.append(fields)
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             if number == len(lines) - 1:
                 break
             raise OutputFailed(

@@ -8,6 +8,7 @@ Source: credentials(7), sigaction(2) (si_code), waitpid(2), and for the statuses
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -126,11 +127,16 @@ class Child:
             self._asked_to_stop = True
         if number == signal.SIGCONT:
             if _stopped(self.pid):
-                os.kill(self.pid, signal.SIGCONT)
+                self._send(signal.SIGCONT)
             return
         if number in OURS or info.si_code == SI_KERNEL or self._from_its_own(info):
             return
-        os.kill(self.pid, number)
+        self._send(number)
+
+    def _send(self, number: int) -> None:
+        # A setuid command, as sudo is, may have become another user's: only root may end that.
+        with contextlib.suppress(PermissionError):
+            os.kill(self.pid, number)
 
     def _from_its_own(self, info: signal.struct_siginfo) -> bool:
         """Whether the command or a descendant sent it: to its group, as `kill 0` does."""
@@ -173,7 +179,7 @@ class Child:
             signal.pthread_sigmask(signal.SIG_BLOCK, {number})
             signal.signal(number, kept)
         if _stopped(self.pid):
-            os.kill(self.pid, signal.SIGCONT)
+            self._send(signal.SIGCONT)
 
 
 def _child(prepare: Callable[[], NoReturn], mask: set[int], its: int) -> NoReturn:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
 from dedup.change import hold
 from dedup.change.journal import STANDING, Entry, Journal, Restored
 from dedup.errors import CheckFailed, NotPermitted, OutputFailed
-from dedup.kernel import processes
-from dedup.kernel.ksm import ROOT, Ksm
+from dedup.kernel import lock, processes
+from dedup.kernel.ksm import ROOT, RUN_MERGE, Ksm
 from dedup.kernel.lock import STATE, HostLock
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import TracebackType
 
 TUNERS: Final = ("ksmtuned", "uksmd")
@@ -122,7 +124,7 @@ class Tunables:
             raise NotPermitted(f"may not write KSM's tunables in {self.ksm.root}")
         self._lock.acquire()
         try:
-            self.leftover = self._journal.restore(read_setting, write_setting)
+            self.leftover = _put_back(self._journal, self.ksm, self._state)
             self.leftover += hold.settle(self.ksm, self._state)
             _require_done(self.leftover)
         except BaseException:
@@ -136,7 +138,7 @@ class Tunables:
         # A second Ctrl-C must not stop us half-way.
         held = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
-            self.restored = self._journal.restore(read_setting, write_setting)
+            self.restored = _put_back(self._journal, self.ksm, self._state)
             if kind is None:
                 _require_done(self.restored)
         finally:
@@ -166,10 +168,11 @@ class Tunables:
         """What was changed so far, oldest first."""
         return self._journal.entries()
 
-    def keep(self) -> None:
-        """Let all changes stay when the context is left; `undo` puts them back later.
+    def keep(self) -> list[Entry]:
+        """Let all changes stay when the context is left, and give them; `undo` puts them back.
 
-        Killed in it, `restore` puts them back, or the record is whole and `undo` does.
+        Killed in it, `restore` puts them back, or the record is whole and `undo` does. ksmd that
+        was to run stays so even if it ran before only because somebody held it.
 
         Raises
         ------
@@ -177,10 +180,18 @@ class Tunables:
             Nothing is kept then.
         """
         held = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        run = str(self.ksm.root / "run")
         try:
+            if self._wanted.get(run) == str(RUN_MERGE):
+                hold.hand_over(
+                    self._state,
+                    lambda before: self._journal.record(Entry(run, str(before), str(RUN_MERGE))),
+                )
+            kept = self.changes()
             self._journal.move_to(self._standing)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        return kept
 
     def undo(self) -> list[Restored]:
         """Put back what earlier runs have kept.
@@ -191,7 +202,7 @@ class Tunables:
         """
         held = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
-            undone = self._standing.restore(read_setting, write_setting)
+            undone = _put_back(self._standing, self.ksm, self._state)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, held)
         _require_done(undone, "dedup tune --undo")
@@ -213,6 +224,46 @@ class Tunables:
                 )
 
 
+def _put_back(journal: Journal, ksm: Ksm, state: Path) -> list[Restored]:
+    """Restore a journal; ksmd runs on where somebody holds it."""
+    done = journal.restore(read_setting, write_setting)
+    for r in done:
+        if (
+            r.path == str(ksm.root / "run")
+            and r.outcome == "restored"
+            and r.value != str(RUN_MERGE)
+        ):
+            hold.go_on(ksm, state, int(r.value))
+    return done
+
+
+@contextmanager
+def host_locked(state: Path = STATE, *, dry_run: bool = False) -> Iterator[None]:
+    """Hold the host's lock without changing KSM; on leaving, settle for holders of ksmd that left.
+
+    Parameters
+    ----------
+    state : Path, optional
+    dry_run : bool
+        Take no lock, since nothing could be settled then.
+
+    Raises
+    ------
+    Busy, NotPermitted, OutputFailed
+    """
+    if dry_run:
+        if (pid := lock.holder(state)) is not None:
+            raise lock.busy(str(pid))
+        yield
+        return
+    held = HostLock(state)
+    held.acquire()
+    try:
+        yield
+    finally:
+        hold.settle(Ksm(), state, then=held.release)
+
+
 def _require_done(restored: list[Restored], again: str = "dedup restore") -> None:
     failed = [r for r in restored if r.outcome == "failed"]
     if failed:
@@ -229,10 +280,9 @@ def restore(ksm: Ksm, state: Path = STATE) -> list[Restored]:
     """
     if not ksm.writable() and ksm.present:
         raise NotPermitted(f"may not write KSM's tunables in {ksm.root}")
-    lock = HostLock(state)
-    with lock:
-        done = Journal(state).restore(read_setting, write_setting)
-        return done + hold.settle(ksm, state, then=lock.release)
+    with HostLock(state) as held:
+        done = _put_back(Journal(state), ksm, state)
+        return done + hold.settle(ksm, state, then=held.release)
 
 
 def planned_restore(state: Path = STATE) -> list[Restored]:

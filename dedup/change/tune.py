@@ -63,8 +63,7 @@ def apply(wanted: Mapping[str, int | str], state: Path = STATE) -> Applied:
             tunables.set(name, value)
         if not advised:
             tunables.require_unchanged()
-        changed = tunables.changes()
-        tunables.keep()
+        changed = tunables.keep()
     return Applied(changed, ksm.running, tunables.leftover)
 
 

@@ -301,8 +301,8 @@ def _finishing(step: str) -> None:
 def _undo(output: Output, choice: Choice, *, suspend_seccomp: bool, dry_run: bool) -> int:
     from dedup import scanning
     from dedup.change.applied import Applied
+    from dedup.change.tunables import host_locked
     from dedup.change.undo import undo
-    from dedup.kernel.lock import HostLock
     from dedup.report import planned
 
     pids = set(choice.pids)
@@ -312,7 +312,7 @@ def _undo(output: Output, choice: Choice, *, suspend_seccomp: bool, dry_run: boo
         except NoSuchProcess:
             if not pids:
                 raise
-    with HostLock():
+    with host_locked(dry_run=dry_run):
         result = undo(
             Applied(),
             (lambda process: process.pid in pids) if choice else (lambda _: True),

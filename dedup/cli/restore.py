@@ -34,11 +34,10 @@ def command(output: Output, dry_run: bool) -> int:
     from dedup.change.applied import Applied
     from dedup.change.undo import undo
     from dedup.kernel.ksm import Ksm
-    from dedup.kernel.lock import HostLock
     from dedup.report import applied, planned
 
     restored = tunables.planned_restore() if dry_run else tunables.restore(Ksm())
-    with HostLock():
+    with tunables.host_locked(dry_run=dry_run):
         undone = undo(Applied(), interrupted_only=True, dry_run=dry_run)
     if output.json:
         output.result(applied.restore_object(restored, undone.processes))

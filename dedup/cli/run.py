@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from contextlib import ExitStack, contextmanager
-from typing import IO, TYPE_CHECKING, Any, ClassVar, Final, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn
 
 import click
 
@@ -16,6 +16,7 @@ from dedup.errors import DedupError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from io import FileIO
 
     from dedup.change.hold import Hold
 
@@ -133,6 +134,7 @@ def _stay(
     from dedup.change.hold import Hold
     from dedup.kernel import family
     from dedup.kernel.ksm import Ksm
+    from dedup.report.jsonout import error_object
 
     me = os.getpid()
     _flush()
@@ -149,7 +151,12 @@ def _stay(
         if report or file is not None:
             family.adopt_orphans()
             watch = saved.Watch(me)
-        child = launch.Child(start, mask, _again)
+        try:
+            child = launch.Child(start, mask, _again)
+        except DedupError as e:
+            if file is not None:
+                _write(file, error_object(e))
+            raise
 
         def tick() -> float | None:
             due = []
@@ -157,7 +164,7 @@ def _stay(
                 watch.look()
                 due.append(watch.wait_seconds())
             if holding is not None and holding.waits:
-                holding.keep()
+                _keep(holding)
                 due.append(KEEP_SECONDS)
             return min(due, default=None)
 
@@ -194,20 +201,30 @@ def _putting_back(hold: Hold) -> Iterator[Hold]:
             Output().note(f"dedup: {e.message}; {e.hint}")
 
 
-def _open(path: str) -> IO[str]:
+def _keep(hold: Hold) -> None:
+    """Start ksmd if it can be by now; the command goes on in any case."""
     try:
-        return open(path, "w", encoding="utf-8")
+        hold.keep()
+    except DedupError as e:
+        hold.waits = False
+        Output().note(f"dedup: {e.message}; {e.hint}")
+
+
+def _open(path: str) -> FileIO:
+    try:
+        # Without a buffer: closing it can't fail then.
+        return open(path, "wb", buffering=0)
     except OSError as e:
         raise RunFailed(f"can't write {path}: {e.strerror}", "give another file") from e
 
 
-def _write(file: IO[str], data: dict[str, Any]) -> None:
+def _write(file: FileIO, data: dict[str, Any]) -> None:
     import json
 
+    left = json.dumps(data, allow_nan=False).encode() + b"\n"
     try:
-        json.dump(data, file, allow_nan=False)
-        file.write("\n")
-        file.flush()
+        while left:
+            left = left[file.write(left) :]
     except OSError as e:
         Output().note(f"dedup: writing {file.name} failed: {e.strerror}")
 

@@ -54,6 +54,14 @@ def holder(state: Path = STATE, proc: Path = PROC) -> int | None:
     return None
 
 
+def busy(pid: str) -> Busy:
+    """The error that another run of ours holds the lock; its pid, where that is known."""
+    return Busy(
+        f"another dedup (pid {pid or 'unknown'}) is changing KSM on this host",
+        "wait until it is done, or stop it: it puts everything back",
+    )
+
+
 class HostLock:
     """Held by whoever changes KSM's settings.
 
@@ -97,10 +105,7 @@ class HostLock:
         except BlockingIOError as e:
             holder = os.read(fd, 32).decode(errors="replace").strip()
             os.close(fd)
-            raise Busy(
-                f"another dedup (pid {holder or 'unknown'}) is changing KSM on this host",
-                "wait until it is done, or stop it: it puts everything back",
-            ) from e
+            raise busy(holder) from e
         self._fd = fd
         try:
             os.ftruncate(fd, 0)

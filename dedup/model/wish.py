@@ -222,9 +222,9 @@ def fixed(
     if cores is not None:
         if at(0).most_cores > cores:
             raise CheckFailed(
-                f"ksmd can't do with {cores:.2%} of a core here: even with sleeps of "
-                f"{SLEEP_MOST_MILLISECS // 1000} s it may take {at(0).most_cores:.2%}",
-                "wish for more, or choose less memory",
+                f"ksmd can't do with {cores * 100:.2g}% of a core here: even with sleeps of "
+                f"{SLEEP_MOST_MILLISECS // 1000} s it may take {at(0).most_cores * 100:.2g}%",
+                f"wish for `--cpu {_above(at(0).most_cores * 100)}` or more, or choose less memory",
             )
         if within is None or at(number).most_cores > cores:
             # The numbers that take too much begin one further on.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 from dedup import calibration
-from dedup.change import journal
+from dedup.change import applied, hold, journal
 from dedup.change.tunables import TUNERS, others_at_the_knobs, planned_restore
 from dedup.errors import DedupError, NotPermitted
 from dedup.kernel import (
@@ -771,6 +771,79 @@ def _journal(look: _Look) -> Finding:
     return Finding("limited", f"{who} {names} changed", "figures are for that", "`dedup restore`")
 
 
+def _held(look: _Look) -> Finding | None:
+    state = look.host.state
+    found = hold.read(state)
+    if found is None:
+        return None
+    if left := hold.planned(look.ksm, state):
+        by_us = left[0].outcome == "restored"
+        return Finding(
+            "limited" if by_us else "note",
+            "a killed `dedup run --start-ksmd` has left "
+            + ("ksmd running" if by_us else "its record"),
+            "ksmd goes on without anybody who wants it" if by_us else "",
+            "`dedup restore`",
+        )
+    pids = ", ".join(str(h.pid) for h in found.holders) or "one that has ended"
+    return Finding("note", f"ksmd runs for `dedup run` (pid {pids})", "it stops with the last one")
+
+
+def _applied(look: _Look) -> Finding | None:
+    state = look.host.state
+    if not (state / applied.NAME).exists():
+        return None
+    pid = lock.holder(state, look.host.proc)
+    try:
+        found = applied.Applied(state).applications()
+    except NotPermitted:
+        return Finding(
+            "note",
+            "`dedup apply` has made processes mergeable; which ones, root alone may read",
+            "they stay so",
+            "`dedup apply --undo`, or `dedup restore` where it was interrupted",
+        )
+    broken = sum(len(a.marks) for a in found if not a.finished)
+    whole = sum(len(a.marks) for a in found if a.finished)
+    if broken and pid is None:
+        return Finding(
+            "limited",
+            f"an interrupted `dedup apply` has left {_of_processes(broken)} mergeable",
+            "nobody compares what they save, and they stay so",
+            "`dedup restore`",
+        )
+    if broken:
+        return Finding("note", f"dedup (pid {pid}) makes {_of_processes(broken)} mergeable", "", "")
+    if not whole:
+        return None
+    return Finding(
+        "note",
+        f"`dedup apply` has made {_of_processes(whole)} mergeable",
+        "they stay so until they end",
+        "`dedup apply --undo`",
+    )
+
+
+def _of_processes(n: int) -> str:
+    return f"{n:,} process{'' if n == 1 else 'es'}"
+
+
+def _tuned(look: _Look) -> Finding | None:
+    record = journal.Journal(look.host.state, journal.STANDING)
+    if not record.path.exists():
+        return None
+    try:
+        names = ", ".join(dict.fromkeys(Path(e.path).name for e in record.entries()))
+    except NotPermitted:
+        names = "tunables (root alone may read which)"
+    return Finding(
+        "note",
+        f"`dedup tune --apply` has set {names or 'nothing that counts'}",
+        "that stays so until the next boot",
+        "`dedup tune --undo`",
+    )
+
+
 def _hash(look: _Look) -> Finding:
     source, _, symbol = memory.load_hash(PAGE_BYTES).partition(":")
     if source == "python":
@@ -800,7 +873,9 @@ TOPICS: Final[dict[str, tuple[Callable[[_Look], Finding | None], ...]]] = {
         _randomisation, _swap, _map_count,
     ),
     "Who else": (_knobs, _mergeable, _container),
-    "dedup itself": (_calibration, _state, _journal, _hash, _threads),
+    "dedup itself": (
+        _calibration, _state, _journal, _held, _applied, _tuned, _hash, _threads,
+    ),
 }  # fmt: skip
 """All checks. The name of one is that of its function."""
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from dedup.change import hold
+from dedup.change import hold, tune
 from dedup.change.hold import Hold
-from dedup.change.tunables import Tunables, planned_restore, restore
-from dedup.errors import OutputFailed
+from dedup.change.tunables import Tunables, host_locked, planned_restore, restore
+from dedup.errors import Busy, OutputFailed
 from dedup.kernel.ksm import Ksm
 from dedup.kernel.lock import HostLock
 
@@ -232,8 +232,12 @@ def test_a_pid_used_again_holds_nothing(tmp_path: Path) -> None:
     assert [r.outcome for r in restore(Ksm(), tmp_path)] == ["restored"]
 
 
-def test_a_file_that_is_damaged_is_told(tmp_path: Path) -> None:
-    (tmp_path / "ksmd").write_text("{")
+@pytest.mark.parametrize(
+    "text", ["{", '{"before": true, "holders": []}', '{"before": 0, "holders": [[1e999, 1]]}',
+             "[" * 100_000]
+)  # fmt: skip
+def test_a_file_that_is_damaged_is_told(tmp_path: Path, text: str) -> None:
+    (tmp_path / "ksmd").write_text(text)
     with pytest.raises(OutputFailed, match="can't be read"):
         restore(Ksm(), tmp_path)
     with HostLock(tmp_path):
@@ -273,3 +277,55 @@ def test_one_ends_while_the_self_test_runs(number: signal.Signals) -> None:
         runner.stdin.close()
     assert Ksm().tunables() == before
     assert hold.read() is None
+
+
+def test_ksmd_wished_for_outlives_those_who_hold_it(tmp_path: Path, start: Start) -> None:
+    holder = start(HOLDER)
+    assert holder.says() == "holds"
+    assert [e.before for e in tune.apply({"run": 1}, tmp_path).changed] == ["0"]
+    holder.end()
+    assert run() == 1
+    tune.undo(tmp_path)
+    assert run() == 0
+
+
+def test_ksmd_wished_for_no_longer_runs_on_for_its_holder(tmp_path: Path, start: Start) -> None:
+    tune.apply({"run": 1}, tmp_path)
+    holder = start(HOLDER)
+    assert holder.says() == "holds"
+    assert [r.outcome for r in tune.undo(tmp_path)] == ["restored"]
+    assert run() == 1
+    holder.end()
+    assert run() == 0
+    assert hold.read(tmp_path) is None
+
+
+def test_a_wish_and_its_undoing_while_it_is_held(tmp_path: Path, start: Start) -> None:
+    holder = start(HOLDER)
+    assert holder.says() == "holds"
+    tune.apply({"run": 1}, tmp_path)
+    tune.undo(tmp_path)
+    assert run() == 1
+    holder.kill()
+    assert [r.outcome for r in restore(Ksm(), tmp_path)] == ["restored"]
+    assert run() == 0
+
+
+def test_one_that_leaves_while_another_run_undoes(tmp_path: Path, start: Start) -> None:
+    holder = start(HOLDER)
+    assert holder.says() == "holds"
+    with host_locked(tmp_path):
+        holder.end()
+        assert run() == 1
+    assert run() == 0
+    assert hold.read(tmp_path) is None
+
+
+def test_a_look_takes_no_lock(tmp_path: Path, start: Start) -> None:
+    holder = start(HOLDER)
+    assert holder.says() == "holds"
+    with host_locked(tmp_path, dry_run=True):
+        holder.end()
+    assert run() == 0
+    with HostLock(tmp_path), pytest.raises(Busy), host_locked(tmp_path, dry_run=True):
+        pass

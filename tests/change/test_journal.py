@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from dedup.change.applied import Applied
 from dedup.change.journal import Entry, Journal
 from dedup.errors import OutputFailed, Unsupported
 
@@ -71,6 +74,36 @@ def test_a_broken_line_in_the_middle_is_said(tmp_path: Path) -> None:
     journal.path.write_text("nonsense\n" + '{"path": "a", "before": "1", "after": "2"}\n')
     with pytest.raises(OutputFailed, match="line 1"):
         journal.entries()
+
+
+@pytest.mark.parametrize(
+    "line", ['{"path": "a\\u0000b", "before": "1", "after": "2"}', "[" * 100_000]
+)
+def test_a_line_of_nonsense_is_said(tmp_path: Path, line: str) -> None:
+    journal = Journal(tmp_path)
+    journal.path.write_text(f"{line}\n{line}\n")
+    with pytest.raises(OutputFailed, match="line 1"):
+        journal.entries()
+
+
+def record(**fields: object) -> str:
+    mark = {
+        "event": "mark", "application": "a", "pid": 1, "start_time": 1, "name": "x",
+        "program": [], "way": "whole", "ranges": [], "own": [],
+    }  # fmt: skip
+    return json.dumps({**mark, **fields})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"name": 5}, {"name": "\u20ac"}, {"start_time": math.inf}, {"way": []}, {"ranges": [[1]]}],
+)
+def test_a_record_of_nonsense_is_said(tmp_path: Path, fields: dict[str, object]) -> None:
+    begin = '{"event": "begin", "application": "a", "began_ticks": 1, "mergeable_before": []}'
+    end = '{"event": "finish", "application": "a"}'
+    (tmp_path / "applied").write_text("\n".join([begin, record(**fields), end]) + "\n")
+    with pytest.raises(OutputFailed, match="can't be read"):
+        Applied(tmp_path).applications()
 
 
 def test_a_failed_write_keeps_the_journal(tmp_path: Path) -> None:

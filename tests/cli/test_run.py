@@ -221,6 +221,9 @@ def test_the_parents_own_failures(dedup: Dedup, tmp_path: Path) -> None:
     result = dedup("run", "--report-json", str(tmp_path / "none" / "x"), "true")
     assert result.status == 125
     assert "No such file" in result.err
+    file = tmp_path / "report"
+    assert dedup("run", "--report-json", str(file), "no-such-command-here").status == 127
+    assert report_of(file)["error"]["code"] == "not-found"
 
 
 def test_status_and_output_pass_through(dedup: Dedup) -> None:
@@ -230,6 +233,13 @@ def test_status_and_output_pass_through(dedup: Dedup) -> None:
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV, signal.SIGRTMIN + 2):
         result = dedup("run", "--report", "sh", "-c", f"kill -{int(number)} $$")
         assert result.status == -number
+
+
+def test_a_report_that_can_not_be_written_is_told() -> None:
+    with running("--report-json", "/dev/full", "sh", "-c", "exit 7") as process:
+        _, err = process.communicate(timeout=20)
+    assert process.returncode == 7
+    assert err == "dedup: writing /dev/full failed: No space left on device\n"
 
 
 def test_signals_are_passed_on(tmp_path: Path) -> None:
@@ -255,6 +265,29 @@ def test_a_signal_that_the_command_sends_to_its_group_comes_once() -> None:
         assert said(process) == "SIGUSR2"
         out, _ = process.communicate("", timeout=20)
     assert (process.returncode, out) == (0, "")
+
+
+BECOMES = """
+import os, sys
+os.setuid(65533)
+print("ready", flush=True)
+sys.exit(int(sys.stdin.readline()))
+"""
+
+
+@pytest.mark.root
+def test_a_command_that_we_may_not_signal_goes_on() -> None:
+    with subprocess.Popen(
+        ["setpriv", "--bounding-set=-kill", *RUN, "--report", sys.executable, "-c", BECOMES],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=REPOSITORY, env=environment(),
+    ) as process:  # fmt: skip
+        assert said(process) == "ready"
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
+            process.send_signal(number)
+            pause(0.2)
+        _, err = process.communicate("5\n", timeout=20)
+    assert process.returncode == 5, err
 
 
 def test_death_by_a_signal_that_was_passed_on(tmp_path: Path) -> None:

@@ -110,7 +110,10 @@ def test_the_sleep_changes_only_where_batches_alone_do_not_help() -> None:
 def test_what_can_be_had_instead_can_be_had(wanted: Wish, words: str) -> None:
     with pytest.raises(CheckFailed, match=words) as caught:
         fixed(wanted)
-    for typed in re.findall(r"`(--[^`]*)`", caught.value.hint):
+    assert "0.00%" not in caught.value.message
+    ways = re.findall(r"`(--[^`]*)`", caught.value.hint)
+    assert ways
+    for typed in ways:
         within = re.search(r"--within ([0-9.]+)", typed)
         percent = re.search(r"--cpu ([0-9.]+)", typed)
         again = Wish(

@@ -12,6 +12,7 @@ import pytest
 
 from dedup.kernel import inject
 from dedup.kernel.lock import HostLock
+from dedup.kernel.processes import Handle
 from dedup.observe import doctor
 from dedup.observe.doctor import STATES, TOPICS, Finding, Host, examine
 
@@ -56,6 +57,10 @@ class Made:
         """What one check finds."""
         found = {c.name: c.finding for c in examine(Host(self.root, self.systemctl))}
         return found[name]
+
+    def absent(self, name: str) -> bool:
+        """Whether a check has no meaning here."""
+        return name not in {c.name for c in examine(Host(self.root, self.systemctl))}
 
 
 @pytest.fixture
@@ -332,6 +337,65 @@ def test_calibration(made: Made) -> None:
 
 
 ENTRY: dict[str, Any] = {"before": "0", "after": "1"}
+
+
+def line(**fields: Any) -> str:
+    return json.dumps({"application": "a", **fields}) + "\n"
+
+
+BEGIN = line(event="begin", began_ticks=1, mergeable_before=[])
+MARK = line(
+    event="mark", pid=1, start_time=1, name="x", program=[], way="whole", ranges=[], own=[]
+)  # fmt: skip
+
+
+def test_processes_made_mergeable(made: Made) -> None:
+    assert made.absent("applied")
+    made.put("run/dedup/applied", BEGIN + MARK)
+    finding = made.check("applied")
+    assert (finding.state, finding.way_out) == ("limited", "`dedup restore`")
+    assert finding.found == "an interrupted `dedup apply` has left 1 process mergeable"
+    with HostLock(made.root / "run/dedup"):
+        (made.root / "proc/locks").write_text(Path("/proc/locks").read_text())
+        finding = made.check("applied")
+        assert (finding.state, finding.way_out) == ("note", "")
+    made.put("proc/locks", "")
+    made.put("run/dedup/applied", BEGIN + MARK + line(event="finish"))
+    finding = made.check("applied")
+    assert (finding.state, finding.way_out) == ("note", "`dedup apply --undo`")
+    undone = line(event="undone", pid=1, start_time=1)
+    made.put("run/dedup/applied", BEGIN + MARK + line(event="finish") + undone)
+    assert made.absent("applied")
+    made.put("run/dedup/applied", "nonsense\nand more\n")
+    finding = made.check("applied")
+    assert (finding.state, "line 1" in finding.found) == ("limited", True)
+
+
+def test_tunables_that_stay(made: Made) -> None:
+    assert made.absent("tuned")
+    path = str(made.root / "sys/kernel/mm/ksm/pages_to_scan")
+    made.put("run/dedup/tuned", json.dumps({"path": path, **ENTRY}) + "\n")
+    finding = made.check("tuned")
+    assert finding.found == "`dedup tune --apply` has set pages_to_scan"
+    assert (finding.state, finding.way_out) == ("note", "`dedup tune --undo`")
+
+
+def test_ksmd_held(made: Made) -> None:
+    assert made.absent("held")
+    made.put("sys/kernel/mm/ksm/run", "1")
+    with Handle(os.getpid()) as handle:
+        me = handle.id
+    made.put("run/dedup/ksmd", json.dumps({"before": 0, "holders": [[me.pid, me.start_time]]}))
+    finding = made.check("held")
+    assert finding.state == "note"
+    assert f"(pid {me.pid})" in finding.found
+    made.put("run/dedup/ksmd", json.dumps({"before": 0, "holders": [[me.pid, 1]]}))
+    finding = made.check("held")
+    assert (finding.state, finding.way_out) == ("limited", "`dedup restore`")
+    # ksmd ran before it, or somebody else has stopped it.
+    made.put("run/dedup/ksmd", json.dumps({"before": 1, "holders": [[me.pid, 1]]}))
+    finding = made.check("held")
+    assert (finding.state, finding.way_out) == ("note", "`dedup restore`")
 
 
 def test_the_journal(made: Made) -> None:
