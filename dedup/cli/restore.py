@@ -8,7 +8,7 @@ import click
 
 from dedup.cli.options import reports
 from dedup.cli.root import Exemplified
-from dedup.errors import Partial
+from dedup.errors import DedupError, Partial
 
 if TYPE_CHECKING:
     from dedup.cli.output import Output
@@ -37,8 +37,13 @@ def command(output: Output, dry_run: bool) -> int:
     from dedup.report import applied, planned
 
     restored = tunables.planned_restore() if dry_run else tunables.restore(Ksm())
-    with tunables.host_locked(dry_run=dry_run):
-        undone = undo(Applied(), interrupted_only=True, dry_run=dry_run)
+    try:
+        with tunables.host_locked(dry_run=dry_run):
+            undone = undo(Applied(), interrupted_only=True, dry_run=dry_run)
+    except DedupError:
+        if not output.json:
+            output.show("\n".join(applied.restored_lines(restored)))
+        raise
     if output.json:
         output.result(applied.restore_object(restored, undone.processes))
     else:

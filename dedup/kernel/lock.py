@@ -95,7 +95,8 @@ class HostLock:
         """
         make_state_folder(self.path.parent)
         try:
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+            # Who may open it may lock it, and keep root from its work.
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except PermissionError as e:
             raise NotPermitted(f"may not lock {self.path}: {e.strerror}") from e
         except OSError as e:

@@ -27,3 +27,9 @@ def test_somebody_who_is_not_disturbed(tmp_path: Path) -> None:
         with HostLock(other):
             assert holder(other) == os.getpid()
         HostLock(tmp_path).acquire()
+
+
+def test_nobody_else_may_open_it(tmp_path: Path) -> None:
+    """Who may open it may lock it."""
+    with HostLock(tmp_path) as held:
+        assert held.path.stat().st_mode & 0o077 == 0
