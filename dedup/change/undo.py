@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 Outcome = Literal["undone", "nothing", "ended", "failed"]
 
-INIT: Final = 1
+GENERATIONS: Final = 20
+"""So often is a family looked at anew, where it goes on growing."""
 
 
 @dataclass(slots=True)
@@ -108,16 +109,24 @@ def undo(
         for mark in reversed(application.marks):
             if not wanted(mark.id):
                 continue
-            family = [mark.id, *_descendants(mark, application, infos)]
-            undone, seen = True, seen | set(family)
+            undone = True
             if not dry_run:
                 step("undo: record")
                 with contextlib.suppress(*([OutputFailed] if unrecorded else [])):
                     applied.undoing(mark)
-            outcomes = []
-            for process in family:
-                step("undo: process")
-                outcomes.append(_process(process, mark, suspend_seccomp, dry_run=dry_run))
+            outcomes: list[Undone] = []
+            family = [mark.id]
+            for _ in range(GENERATIONS):
+                family += [d for d in _descendants(mark, application, infos) if d not in family]
+                todo = family[len(outcomes) :]
+                for process in todo:
+                    step("undo: process")
+                    outcomes.append(_process(process, mark, suspend_seccomp, dry_run=dry_run))
+                if not todo or dry_run:
+                    break
+                # Those forked before their parent was undone are mergeable, too.
+                infos = {i.id: i for i in processes.every()}
+            seen |= set(family)
             result.processes += outcomes
             if not dry_run and not any(o.outcome == "failed" for o in outcomes):
                 step("undo: recorded")

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +32,7 @@ from dedup.errors import (
     Usage,
 )
 from dedup.kernel import ksm as ksm_interface
-from dedup.kernel import maps
+from dedup.kernel import maps, processes
 from dedup.kernel.ksm import Ksm
 from dedup.kernel.lock import STATE, HostLock
 from dedup.kernel.processes import Handle
@@ -228,6 +229,23 @@ def execute(process: subprocess.Popen[str]) -> None:
     process.stdin.write("\n")
     process.stdin.flush()
     assert process.stdout.readline() == "ready\n"
+
+
+def test_a_program_that_forks_all_the_time(ksm: KsmControl, targets: list[Target]) -> None:
+    """No child that was begun meanwhile stays mergeable."""
+    first = targets[0]
+    first.send("keep_forking", name="same", pages=3, live_seconds=0.2)
+    try:
+        for _ in range(5):
+            with Marks() as marks:
+                marks.mark([chosen(first.pid)], None)
+            time.sleep(0.05)
+            assert undo(Applied()).complete
+            assert first.pid not in ksm_interface.users()
+            family = [i.id.pid for i in processes.every() if i.ppid == first.pid]
+            assert not set(family) & set(ksm_interface.users())
+    finally:
+        first.stop()
 
 
 FORKS = (
