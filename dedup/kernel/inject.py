@@ -50,9 +50,9 @@ PR_SET_MEMORY_MERGE: Final = 67
 PR_GET_MEMORY_MERGE: Final = 68
 YAMA: Final = Path("/proc/sys/kernel/yama/ptrace_scope")
 
-STOP_SECONDS: Final = 0.005
+STOP_SECONDS: Final = 0.002
 """No further call begins in a stop that has lasted so long."""
-UNMERGE_BYTES: Final = 2 << 20
+UNMERGE_BYTES: Final = 1 << 20
 """Unmerged in one call: each page of it may have to be copied, about 3 µs a page."""
 WALKED_BYTES: Final = 16 << 20
 """Without a KSM page the kernel looks at memory far faster than that: up to here in one call."""
