@@ -30,6 +30,7 @@ cdef enum:
     PART_RECORDS = 4096
     TABLE_SLOTS = 8192         # of a part at first: it grows by contents, not by copies
     PARTS_MOST_BITS = 12
+    FLAG_BITS = 14
     HUGE_ROOM = 2 * 1024 * 1024
 
 
@@ -86,6 +87,56 @@ def group(const uint64_t[::1] hashes not None, uint64_t[::1] frames not None, ui
     finally:
         free(out.order)
         free(out.offsets)
+
+
+def census(const uint64_t[::1] frames not None, const int64_t[::1] first not None,
+           const int64_t[::1] count not None, const int64_t[::1] process not None):
+    """Count the pages of runs by process and flags.
+
+    Parameters
+    ----------
+    frames : uint64 array
+        Frame words.
+    first, count, process : int64 arrays, one entry a run
+        Its pages in `frames`, and whose they are; neighbours of one process are counted together.
+
+    Returns
+    -------
+    process : int64 array
+    flags : uint64 array
+        Frame words without the frame number and `SEEN`.
+    count : int64 array
+        Pages, above 0.
+    """
+    cdef int64_t runs = first.shape[0], r, i, n_met = 0
+    cdef uint64_t bits
+    if count.shape[0] != runs or process.shape[0] != runs:
+        raise ValueError("the arrays of the runs differ in length")
+    table = np.zeros(1 << FLAG_BITS, np.int64)
+    met_bits = np.empty(1 << FLAG_BITS, np.uint64)
+    cdef int64_t[::1] counts = table
+    cdef uint64_t[::1] met = met_bits
+    found = []
+    for r in range(runs):
+        if first[r] < 0 or count[r] < 0 or first[r] + count[r] > frames.shape[0]:
+            raise ValueError("a run lies beyond the pages")
+        with nogil:
+            for i in range(first[r], first[r] + count[r]):
+                bits = (frames[i] & ~SEEN) >> FRAME_BITS & ((1 << FLAG_BITS) - 1)
+                if counts[bits] == 0:
+                    met[n_met] = bits
+                    n_met += 1
+                counts[bits] += 1
+        if n_met and (r + 1 == runs or process[r + 1] != process[r]):
+            which = met_bits[:n_met].astype(np.int64)
+            found.append((np.full(n_met, process[r], np.int64), which, table[which]))
+            table[which] = 0
+            n_met = 0
+    if not found:
+        empty = np.zeros(0, np.int64)
+        return empty, np.zeros(0, np.uint64), empty
+    whose, which, pages = (np.concatenate(part) for part in zip(*found, strict=True))
+    return whose, which.astype(np.uint64) << np.uint64(FRAME_BITS), pages
 
 
 cdef void _copy_out(int64_t[::1] into, const int64_t *values) noexcept:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from dedup import _core
-from dedup.pages import Flag, Groups, Pages
+from dedup.pages import Census, Flag, Groups, Pages
 
 if TYPE_CHECKING:
     from dedup.pages import I64
@@ -20,6 +20,12 @@ SLICE_PAGES: Final = 1 << 24
 """Pages grouped at a time, at the most: 256 MiB for the records."""
 ALONE_PAGES: Final = 1 << 16
 """So few are grouped sooner than threads start."""
+
+
+def census(pages: Pages) -> Census:
+    """Count the pages by process and flags."""
+    process = pages.process_of_region()[pages.run_region]
+    return Census(*_core.census(pages.frames, pages.run_first, pages.run_count, process))
 
 
 def group(pages: Pages, threads: int = 1) -> Groups:
@@ -46,7 +52,7 @@ def group(pages: Pages, threads: int = 1) -> Groups:
         return _core.group(pages.hashes, pages.frames, UNSTABLE, bits, which)
 
     if bits == 0:
-        return Groups(*part(0))
+        return Groups(*part(0), census(pages))
     with ThreadPoolExecutor(threads) as pool:
         orders, ends, considered = zip(*pool.map(part, range(1 << bits)), strict=True)
     before = np.cumsum([0, *(len(o) for o in orders)])
@@ -55,4 +61,5 @@ def group(pages: Pages, threads: int = 1) -> Groups:
         np.concatenate(orders),
         np.concatenate([np.zeros(1, np.int64), *offsets]),
         sum(considered),
+        census(pages),
     )
