@@ -159,9 +159,8 @@ def test_census_refuses_a_run_beyond_the_pages() -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_grouping_of_many_pages(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More than a slice takes, in threads: as unique has it."""
-    monkeypatch.setattr(grouping, "SLICE_PAGES", 1 << 18)
+def test_grouping_of_many_pages(threads: int) -> None:
+    """In slices and threads: as unique has it."""
     rng = np.random.default_rng(1)
     n = 2_000_000
     hashes = rng.integers(0, 2**63, n, dtype=np.uint64) * np.uint64(2)

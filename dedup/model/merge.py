@@ -291,7 +291,7 @@ class _Model:
 
         None where nothing but their number decides; then they are added up already.
         """
-        mask = NOT_STABLE | Flag.ZERO
+        mask, frames = NOT_STABLE | Flag.ZERO, self.pages.frames
         n = self.census.of(mask, Flag.ZERO)
         known = mask | NOT_SIMPLE | Flag.THP | Flag.EXCLUSIVE
         simple = self.census.of(known, Flag.ZERO | Flag.EXCLUSIVE) == n
@@ -301,8 +301,12 @@ class _Model:
             n = 0
         index = np.empty(0, np.int64)
         if n:
-            index = np.flatnonzero((self.pages.frames & mask) == Flag.ZERO)
-        group, groups = np.zeros(len(index), np.int64), 1
+            chunks = range(0, len(frames), CHUNK_PAGES)
+            parts = [
+                np.flatnonzero((frames[a : a + CHUNK_PAGES] & mask) == Flag.ZERO) for a in chunks
+            ]
+            index = np.concatenate([p + a for a, p in zip(chunks, parts, strict=True)])
+        group, groups = np.broadcast_to(np.int64(0), len(index)), 1
         if self.nodes is not None and len(index):
             frame = (self.pages.frames[index] & FRAME_MASK).astype(np.int64)
             names, group = np.unique(self.nodes.of(frame), return_inverse=True)
@@ -328,6 +332,9 @@ class _Model:
     def _but_simple(self, index: I64, offsets: I64) -> tuple[I64, I64]:
         """The same of some contents; gives the pages of the others, and how many each has."""
         sizes, starts = np.diff(offsets), offsets[:-1]
+        if len(sizes) == 1 and self.pages.frames[index[0]] & Flag.ZERO:
+            # All of them are: `_zeros` sees to those.
+            return index[:0], sizes[:0]
         word = self.pages.frames[index]
         some, every = np.bitwise_or.reduceat(word, starts), np.bitwise_and.reduceat(word, starts)
         simple = ((every & Flag.EXCLUSIVE) != 0) & ((some & NOT_SIMPLE) == 0)
@@ -360,7 +367,7 @@ class _Model:
         if not len(index):
             return np.empty(0, np.int64)
         if len(self.pages.processes) == 1:
-            return np.zeros(len(index), np.int64)
+            return np.broadcast_to(np.int64(0), len(index))
         return np.asarray(self.pages.process_of_region()[self.pages.region_of(index)])
 
     def _folio_of(self, c: _Copies) -> I64:
