@@ -6,6 +6,7 @@ import mmap
 import os
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 
 import numpy as np
@@ -177,6 +178,18 @@ def test_grouping_of_many_pages(threads: int) -> None:
     assert (np.sort(groups.order) == np.flatnonzero(counts[inverse] >= 2)).all()
     starts = hashes[groups.order[groups.offsets[:-1]]]
     assert (np.repeat(starts, np.diff(groups.offsets)) == hashes[groups.order]).all()
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(0, 40) | st.integers(0, 5000), max_size=60), st.booleans())
+def test_words_of_a_file(indices: list[int], ascending: bool) -> None:
+    """In any order, close together or not; all ones beyond the end."""
+    indices = sorted(indices) if ascending else indices
+    with tempfile.TemporaryFile() as file:
+        file.write(np.arange(3000, dtype=np.uint64).tobytes())
+        file.flush()
+        words = _core.read_words(file.fileno(), np.array(indices, np.int64))
+    assert words.tolist() == [i if i < 3000 else 2**64 - 1 for i in indices]
 
 
 def test_pagemap_scan_gives_no_range_twice() -> None:
