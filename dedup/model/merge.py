@@ -714,7 +714,7 @@ class _Model:
         if c.thp.any():
             self._add_splits(c, f)
         # A frame that is mapped outside the scan too stays there, unless it is a node's.
-        outside = len(np.unique(c.frame[(c.word & Flag.OUTSIDE) != 0]))
+        outside = len(_sorted_values(c.frame[(c.word & Flag.OUTSIDE) != 0]))
         low = f.freed[0] - outside
         high = max(low, f.freed[1] - max(0, outside - f.nodes[1]))
         if f.freed[0] >= 0:
@@ -722,7 +722,7 @@ class _Model:
         self.freed.add(low, high)
         if c.zero[0]:
             self.zero_saved += low
-        elif len(np.unique(c.process)) == 1:
+        elif (c.process == c.process[0]).all():
             self.within_saved += low
         else:
             self.across_saved += low
