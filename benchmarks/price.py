@@ -97,7 +97,7 @@ class Bench:
                 pages_unshared=p.pages_unshared or 0,
                 pages_volatile=p.pages_volatile or 0,
                 ksm_zero_pages=p.ksm_zero_pages or 0,
-                last_merge=last_merge(scan.pages),
+                last_merge=last_merge(scan.pages, scan.groups),
             )
             settings = Settings(pages_to_scan, sleep_millisecs, tick_seconds())
             predicted = price(load, settings, self.found)

@@ -9,15 +9,20 @@ printed are medians of the rounds' ratios.
 * `readv`: `process_vm_readv` alone, 2 MiB chunks into a buffer that stays in the cache, as many
   threads as the scan has. Nothing is looked at.
 * `scan`: everything that one look of a real scan does: smaps, pagemap for frames and the exclusive
-  bit, the reading, the zero test, XXH3, the grouping, the model.
+  bit, the reading, the zero test, XXH3, the grouping, the model, what smart scan changes, the load
+  of ksmd that the price comes from.
 * `python`: the plain loop, 1 MiB reads of /proc/PID/mem, xxhash page by page, a Counter.
 * `dd`: `dd bs=1M` of the same memory to /dev/null.
+
+With ``--memory`` it measures, instead of the speed, how much the peak of a scan's own memory grows
+with the pages it scans: one fresh process for each of three sizes, all threads.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import json
 import mmap
 import os
@@ -36,7 +41,7 @@ import xxhash
 
 from dedup import grouping
 from dedup.kernel.ksm import Ksm
-from dedup.model import merge
+from dedup.model import cost, merge, smart
 from dedup.scanning import rules_of
 from dedup.sources.live import LiveSource, Options, mark_outside
 
@@ -130,7 +135,10 @@ def scan(pid: int, threads: int) -> tuple[float, float]:
     looked = time.perf_counter() - begin
     groups = grouping.group(pages, threads)
     mark_outside(pages, groups, source.sight)
-    merge.predict(pages, groups, rules_of(Ksm().tunables()))
+    rules = rules_of(Ksm().tunables())
+    prediction = merge.predict(pages, groups, rules)
+    smart.forecast(pages, groups, rules, prediction, lambda p: grouping.group(p, threads))
+    cost.load_of(pages, groups, prediction)
     return time.perf_counter() - begin, looked
 
 
@@ -160,23 +168,62 @@ def dd(pid: int, start: int, size: int) -> float:
     return time.perf_counter() - begin
 
 
-def measure(size: int, kind: str, thread_counts: list[int], rounds: int) -> list[dict[str, Any]]:
-    """All contenders over one target, interleaved."""
-    target = subprocess.Popen(
+def target(size: int, kind: str) -> tuple[subprocess.Popen[str], int]:
+    """A process with so much to scan, and where that begins."""
+    process = subprocess.Popen(
         [sys.executable, "-c", TARGET, str(size), kind],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    assert target.stdout is not None
-    start = int(target.stdout.readline())
+    assert process.stdout is not None
+    return process, int(process.stdout.readline())
+
+
+def own_memory(name: str) -> int:
+    """A size of /proc/self/status in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition(f"{name}:")[2].split()[0]) * 1024
+
+
+def peak(pid: int, threads: int) -> int:
+    """By how many bytes a scan raises the peak of this process's memory."""
+    before = own_memory("VmRSS")
+    # From here on VmHWM is anew the highest (Documentation/filesystems/proc.rst, clear_refs).
+    Path("/proc/self/clear_refs").write_text("5")
+    scan(pid, threads)
+    return own_memory("VmHWM") - before
+
+
+def measure_memory(size: int, kind: str, threads: int) -> list[dict[str, Any]]:
+    """Peaks at a quarter, a half and the whole of the size, each in a process of its own."""
+    rows: list[dict[str, Any]] = []
+    for part in (size // 4, size // 2, size):
+        process, _ = target(part // CHUNK * CHUNK, kind)
+        try:
+            command = [sys.executable, __file__, "--peak-of", str(process.pid)]
+            done = subprocess.run(
+                [*command, "--threads", str(threads)], check=True, capture_output=True, text=True
+            )
+        finally:
+            process.communicate()
+        rows.append({"pages": kind, "scanned": part // PAGE, "peak_bytes": int(done.stdout)})
+    for small, large in itertools.pairwise(rows):
+        more = large["scanned"] - small["scanned"]
+        large["bytes_a_page"] = (large["peak_bytes"] - small["peak_bytes"]) / more
+    return rows
+
+
+def measure(size: int, kind: str, thread_counts: list[int], rounds: int) -> list[dict[str, Any]]:
+    """All contenders over one target, interleaved."""
+    process, start = target(size, kind)
     rows: dict[int, list[dict[str, float]]] = {t: [] for t in thread_counts}
     try:
         for number in range(rounds + 1):
             for t in thread_counts:
-                seconds = {"readv": readv(target.pid, start, size, t)}
-                seconds["scan"], seconds["look"] = scan(target.pid, t)
+                seconds = {"readv": readv(process.pid, start, size, t)}
+                seconds["scan"], seconds["look"] = scan(process.pid, t)
                 if t == thread_counts[0]:
-                    seconds["python"] = plain_python(target.pid, start, size)
-                    seconds["dd"] = dd(target.pid, start, size)
+                    seconds["python"] = plain_python(process.pid, start, size)
+                    seconds["dd"] = dd(process.pid, start, size)
                 else:
                     first = rows[thread_counts[0]][-1] if rows[thread_counts[0]] else seconds
                     seconds |= {k: first[k] for k in ("python", "dd") if k in first}
@@ -185,7 +232,7 @@ def measure(size: int, kind: str, thread_counts: list[int], rounds: int) -> list
                 for t in thread_counts:
                     rows[t].clear()
     finally:
-        target.communicate()
+        process.communicate()
     out: list[dict[str, Any]] = []
     for t, all_rounds in rows.items():
         gib = size / 2**30
@@ -217,11 +264,29 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", default=f"1,{len(os.sched_getaffinity(0))}")
     parser.add_argument("--pages", default="small,huge")
+    parser.add_argument("--memory", action="store_true", help="the peak, not the speed")
+    parser.add_argument("--peak-of", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     size = int(args.gib * 2**30) // CHUNK * CHUNK
     threads = sorted({int(t) for t in args.threads.split(",")})
-    results = []
+    if args.peak_of:
+        print(peak(args.peak_of, threads[-1]))
+        return
+    results: list[dict[str, Any]] = []
+    if args.memory:
+        for kind in args.pages.split(","):
+            for row in measure_memory(size, kind, threads[-1]):
+                results.append(row)
+                more = f", {row['bytes_a_page']:.1f} a page more" if "bytes_a_page" in row else ""
+                print(
+                    f"{kind:>5} pages, {row['scanned']:>9,}: peak "
+                    f"{row['peak_bytes'] / 2**20:.0f} MiB, "
+                    f"{row['peak_bytes'] / row['scanned']:.1f} bytes a page{more}",
+                    flush=True,
+                )
+        write(args.json, results)
+        return
     for kind in args.pages.split(","):
         for row in measure(size, kind, threads, args.rounds):
             results.append(row)
@@ -233,9 +298,14 @@ def main() -> None:
                 ),
                 flush=True,
             )
+    write(args.json, results)
+
+
+def write(path: Path | None, results: list[dict[str, Any]]) -> None:
+    """Write the results to a file, if one is wanted."""
     machine = {"kernel": platform.release(), "cpus": os.cpu_count(), "numpy": np.__version__}
-    if args.json:
-        args.json.write_text(json.dumps({"machine": machine, "results": results}, indent=2))
+    if path:
+        path.write_text(json.dumps({"machine": machine, "results": results}, indent=2))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from dedup import _core
-from dedup.pages import Flag, Groups, Pages
+from dedup.pages import Census, Flag, Groups, Pages
 
 if TYPE_CHECKING:
     from dedup.pages import I64
@@ -16,10 +16,14 @@ if TYPE_CHECKING:
 UNSTABLE: Final = int(Flag.VOLATILE | Flag.GONE | Flag.NEW | Flag.UNREAD)
 """Flags of pages whose content is not known to last: they take no part."""
 
-SLICE_PAGES: Final = 1 << 24
-"""Pages grouped at a time, at the most: 256 MiB for the records."""
 ALONE_PAGES: Final = 1 << 16
 """So few are grouped sooner than threads start."""
+
+
+def census(pages: Pages) -> Census:
+    """Count the pages by process and flags."""
+    process = pages.process_of_region()[pages.run_region]
+    return Census(*_core.census(pages.frames, pages.run_first, pages.run_count, process))
 
 
 def group(pages: Pages, threads: int = 1) -> Groups:
@@ -37,22 +41,28 @@ def group(pages: Pages, threads: int = 1) -> Groups:
     """
     n = len(pages.hashes)
     threads = 1 if n <= ALONE_PAGES else threads
-    bits = 0
-    while (1 << bits) < threads or (n >> bits) > SLICE_PAGES:
-        bits += 1
-    pages.frames &= ~Flag.DUPLICATE
+    bits = 0 if n <= ALONE_PAGES else (threads - 1).bit_length()
+    # Without unstable pages, the frame words need not be read.
+    skip = _core.clear(pages.frames, int(Flag.DUPLICATE)) & UNSTABLE
 
     def part(which: int) -> tuple[I64, I64, int]:
-        return _core.group(pages.hashes, pages.frames, UNSTABLE, bits, which)
+        return _core.group(pages.hashes, pages.frames, skip, bits, which)
 
     if bits == 0:
-        return Groups(*part(0))
-    with ThreadPoolExecutor(threads) as pool:
-        orders, ends, considered = zip(*pool.map(part, range(1 << bits)), strict=True)
-    before = np.cumsum([0, *(len(o) for o in orders)])
-    offsets = [e[1:] + b for e, b in zip(ends, before, strict=False)]
-    return Groups(
-        np.concatenate(orders),
-        np.concatenate([np.zeros(1, np.int64), *offsets]),
-        sum(considered),
-    )
+        return Groups(*part(0), census(pages))
+    if threads == 1:
+        parts = [part(which) for which in range(1 << bits)]
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            parts = list(pool.map(part, range(1 << bits)))
+    considered = sum(p[2] for p in parts)
+    order = np.empty(sum(len(p[0]) for p in parts), np.int64)
+    offsets = [np.zeros(1, np.int64)]
+    at = 0
+    while parts:
+        # Each let go once it is copied.
+        some, ends, _ = parts.pop(0)
+        order[at : at + len(some)] = some
+        offsets.append(ends[1:] + at)
+        at += len(some)
+    return Groups(order, np.concatenate(offsets), considered, census(pages))

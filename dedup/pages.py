@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
     U64 = NDArray[np.uint64]
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 FRAME_MASK: Final = np.uint64((1 << 48) - 1)
 """The frame number in a frame word; the flags stand above it."""
+NO_FLAG: Final = np.uint64(0)
 
 
 class Flag:
@@ -184,6 +187,29 @@ class Pages:
 
 
 @dataclass(frozen=True, slots=True)
+class Census:
+    """Pages counted by process and flags, once for all who ask for a number.
+
+    Taken when they were grouped: `OUTSIDE` is not known yet.
+    """
+
+    process: I64
+    flags: U64
+    count: I64
+
+    def of(self, mask: np.uint64, value: np.uint64 = NO_FLAG) -> int:
+        """Pages whose flags of `mask` are `value`."""
+        return int(self.count[(self.flags & mask) == value].sum())
+
+    def by_process(self, processes: int, mask: np.uint64, value: np.uint64 = NO_FLAG) -> I64:
+        """The same for each process."""
+        some = (self.flags & mask) == value
+        total = np.zeros(processes, np.int64)
+        np.add.at(total, self.process[some], self.count[some])
+        return total
+
+
+@dataclass(frozen=True, slots=True)
 class Groups:
     """Contents with two mappings or more, as `_core.group` finds them.
 
@@ -194,3 +220,16 @@ class Groups:
     order: I64
     offsets: I64
     considered: int
+    census: Census
+
+    def batches(self, pages: int) -> Iterator[tuple[int, int]]:
+        """Groups [first, last), so many at a time that they have `pages` pages at the most.
+
+        A larger one comes alone.
+        """
+        offsets, group = self.offsets, 0
+        while group < len(offsets) - 1:
+            end = int(np.searchsorted(offsets, offsets[group] + pages, "right")) - 1
+            end = max(group + 1, end)
+            yield group, end
+            group = end

@@ -60,6 +60,7 @@ cdef enum:
     UNIT_RANGES = 512              # ranges in a unit, at the most
     MAX_IOV = 1024
     LOOK_AGAIN_STEP = 64
+    LOOK_AGAIN_HUGE_STEP = 256
 
 
 cdef struct Unit:
@@ -537,7 +538,7 @@ cdef class Job:
         """
         cdef int64_t i, j, k, got, changed = 0, page_size = self.page_size, fast = 0, last = n - 1
         cdef int fd = <int>self.pagemap_fds[target]
-        cdef int suspect = 0
+        cdef int suspect = 0, step
         cdef uint64_t e = 0
         while last >= 0 and not w.digest[last]:
             last -= 1
@@ -546,7 +547,9 @@ cdef class Job:
                 break
             if not w.digest[i]:
                 continue
-            if fast % LOOK_AGAIN_STEP == 0 or i == last:
+            # Huge pages have one mark for all: their ends tell as much.
+            step = LOOK_AGAIN_HUGE_STEP if w.word[i] & THP else LOOK_AGAIN_STEP
+            if fast % step == 0 or i == last:
                 got = pread(fd, &e, 8, <int64_t>(w.address[i] // <uint64_t>page_size) * 8)
                 suspect = got == 8 and self._differs(w, i, e)
             fast += 1

@@ -6,6 +6,8 @@ import mmap
 import os
 import subprocess
 import sys
+import tempfile
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -17,13 +19,14 @@ from dedup import _core, grouping
 from dedup.kernel import pagemap
 from dedup.kernel.memory import load_hash
 from dedup.kernel.processes import Handle
-from dedup.pages import FRAME_MASK, Flag
+from dedup.pages import FRAME_MASK, Flag, Pages
 from dedup.scanning import Plan, scan_pids
 from dedup.sources.live import LiveSource, Options
 from tests.kernel_fixtures import Target
 
 PAGE = mmap.PAGESIZE
 SEEDS = st.integers(0, 2**64 - 1)
+FLAG_SETS = [int(Flag.EXCLUSIVE), int(Flag.SEEN | Flag.ZERO), int(Flag.OUTSIDE | Flag.KSM)]
 
 
 @given(st.binary(min_size=241, max_size=PAGE), SEEDS)
@@ -119,28 +122,74 @@ def test_grouping_equals_unique(values: list[int], data: st.DataObject, bits: in
     assert len(unique) >= len(expected)
 
 
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 3),
+            st.lists(st.sampled_from([0, *FLAG_SETS]), max_size=40),
+        ),
+        max_size=12,
+    )
+)
+def test_census_counts_each_page_once(runs: list[tuple[int, list[int]]]) -> None:
+    """By process and flags, whatever the frame numbers, and pages of no run left out."""
+    expected: Counter[tuple[int, int]] = Counter()
+    frames, first = [7], []
+    for process, words in runs:
+        first.append(len(frames))
+        frames += [w | (i + 1) for i, w in enumerate(words)] + [int(Flag.GONE)]
+        expected.update((process, w & ~int(Flag.SEEN)) for w in words)
+    count = [len(words) for _, words in runs]
+    found: Counter[tuple[int, int]] = Counter()
+    whose, flags, pages = _core.census(
+        np.array(frames, np.uint64),
+        np.array(first, np.int64),
+        np.array(count, np.int64),
+        np.array([p for p, _ in runs], np.int64),
+    )
+    for p, f, n in zip(whose.tolist(), flags.tolist(), pages.tolist(), strict=True):
+        found[p, f] += n
+    assert found == expected
+
+
+def test_census_refuses_a_run_beyond_the_pages() -> None:
+    one = np.ones(1, np.int64)
+    with pytest.raises(ValueError, match="beyond the pages"):
+        _core.census(np.zeros(1, np.uint64), one, one, one)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_grouping_of_many_pages(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More than a slice takes, in threads: as unique has it."""
-    monkeypatch.setattr(grouping, "SLICE_PAGES", 1 << 18)
+def test_grouping_of_many_pages(threads: int) -> None:
+    """In slices and threads: as unique has it."""
     rng = np.random.default_rng(1)
     n = 2_000_000
     hashes = rng.integers(0, 2**63, n, dtype=np.uint64) * np.uint64(2)
     hashes[: n // 2] = hashes[rng.integers(n // 2, n // 2 + 50_000, n // 2)]
     hashes[: n // 8] = hashes[0]
 
-    class Arrays:
-        pass
-
-    pages = Arrays()
-    pages.hashes, pages.frames = hashes, np.zeros(n, np.uint64)  # type: ignore[attr-defined]
-    groups = grouping.group(pages, threads)  # type: ignore[arg-type]
+    nothing = np.zeros(0, np.int64)
+    frames = np.zeros(n, np.uint64)
+    pages = Pages(4096, hashes, frames, nothing, nothing, nothing, nothing, [], [])
+    groups = grouping.group(pages, threads)
     _, inverse, counts = np.unique(hashes, return_inverse=True, return_counts=True)
     assert len(groups.offsets) - 1 == int((counts >= 2).sum())
     assert sorted(np.diff(groups.offsets).tolist()) == sorted(counts[counts >= 2].tolist())
     assert (np.sort(groups.order) == np.flatnonzero(counts[inverse] >= 2)).all()
     starts = hashes[groups.order[groups.offsets[:-1]]]
     assert (np.repeat(starts, np.diff(groups.offsets)) == hashes[groups.order]).all()
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(0, 40) | st.integers(0, 5000), max_size=60), st.booleans())
+def test_words_of_a_file(indices: list[int], ascending: bool) -> None:
+    """In any order, close together or not; all ones beyond the end."""
+    indices = sorted(indices) if ascending else indices
+    with tempfile.TemporaryFile() as file:
+        file.write(np.arange(3000, dtype=np.uint64).tobytes())
+        file.flush()
+        words = _core.read_words(file.fileno(), np.array(indices, np.int64))
+    assert words.tolist() == [i if i < 3000 else 2**64 - 1 for i in indices]
 
 
 def test_pagemap_scan_gives_no_range_twice() -> None:

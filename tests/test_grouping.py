@@ -85,8 +85,8 @@ def test_grouping_anew_forgets_the_old_marks() -> None:
 
 
 @pytest.mark.slow
-def test_more_pages_than_a_slice_holds() -> None:
-    n = grouping.SLICE_PAGES + 4_000_000
+def test_more_pages_than_parts_are_meant_for() -> None:
+    n = 40_000_000
     chance = np.random.default_rng(6)
     content = np.where(chance.random(n) < 0.5, np.arange(n), chance.integers(0, 10**6, n))
     spread = content.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)

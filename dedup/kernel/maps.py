@@ -42,12 +42,7 @@ _MAPPING: Final = re.compile(
     rb"VmFlags:(.*)$",
     re.MULTILINE,
 )
-_ANONYMOUS: Final = re.compile(rb"^Anonymous: +(\d+)", re.MULTILINE)
-_KSM: Final = re.compile(rb"^KSM: +(\d+)", re.MULTILINE)
-_HUGE: Final = re.compile(rb"^AnonHugePages: +(\d+)", re.MULTILINE)
-_RESIDENT: Final = re.compile(rb"^(?:Rss|Shared_Hugetlb|Private_Hugetlb): +(\d+)", re.MULTILINE)
-_SHARED: Final = re.compile(rb"^Shared_(?:Clean|Dirty): +(\d+)", re.MULTILINE)
-_SWAP: Final = re.compile(rb"^Swap: +(\d+)", re.MULTILINE)
+_FIELD: Final = re.compile(rb"^([A-Z]\w+): +(\d+)", re.MULTILINE)
 
 
 def read(handle: Handle) -> list[Mapping]:
@@ -72,7 +67,7 @@ def parse(text: bytes) -> list[Mapping]:
     """
     mappings = []
     for m in _MAPPING.finditer(text):
-        fields = m[5]
+        kilobytes = dict(_FIELD.findall(m[5]))
         mappings.append(
             Mapping(
                 start=int(m[1], 16),
@@ -80,12 +75,12 @@ def parse(text: bytes) -> list[Mapping]:
                 perms=m[3].decode(),
                 name=m[4].decode(errors="surrogateescape"),
                 vm_flags=frozenset(m[6].decode().split()),
-                anonymous_bytes=_kilobytes(_ANONYMOUS, fields) or 0,
-                anon_huge_bytes=_kilobytes(_HUGE, fields) or 0,
-                swap_bytes=_kilobytes(_SWAP, fields) or 0,
-                resident_bytes=sum(map(int, _RESIDENT.findall(fields))) * 1024,
-                shared_bytes=sum(map(int, _SHARED.findall(fields))) * 1024,
-                ksm_bytes=_kilobytes(_KSM, fields),
+                anonymous_bytes=_bytes(kilobytes, b"Anonymous"),
+                anon_huge_bytes=_bytes(kilobytes, b"AnonHugePages"),
+                swap_bytes=_bytes(kilobytes, b"Swap"),
+                resident_bytes=_bytes(kilobytes, b"Rss", b"Shared_Hugetlb", b"Private_Hugetlb"),
+                shared_bytes=_bytes(kilobytes, b"Shared_Clean", b"Shared_Dirty"),
+                ksm_bytes=_bytes(kilobytes, b"KSM") if b"KSM" in kilobytes else None,
             )
         )
     if text and not mappings:
@@ -93,6 +88,5 @@ def parse(text: bytes) -> list[Mapping]:
     return mappings
 
 
-def _kilobytes(pattern: re.Pattern[bytes], fields: bytes) -> int | None:
-    m = pattern.search(fields)
-    return int(m[1]) * 1024 if m else None
+def _bytes(kilobytes: dict[bytes, bytes], *names: bytes) -> int:
+    return sum(int(kilobytes.get(name, 0)) for name in names) * 1024

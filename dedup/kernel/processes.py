@@ -450,8 +450,13 @@ def parents(proc: Path = PROC) -> set[int]:
     found = set()
     for pid in pids(proc):
         try:
-            tail = (proc / str(pid) / "stat").read_bytes().rpartition(b")")[2].split()
+            fd = os.open(f"{proc}/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             continue  # ended meanwhile
-        found.add(int(tail[1]))
+        try:
+            found.add(int(os.read(fd, 4096).rpartition(b")")[2].split()[1]))
+        except ProcessLookupError:
+            continue  # ended just now
+        finally:
+            os.close(fd)
     return found

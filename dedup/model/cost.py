@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 import numpy as np
 
 from dedup.model import smart
-from dedup.model.merge import RMAP_ITEM_BYTES, STABLE_NODE_BYTES
+from dedup.model.merge import CHUNK_PAGES, RMAP_ITEM_BYTES, STABLE_NODE_BYTES
 from dedup.pages import FRAME_MASK, Flag
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ _FLOOR_SPREAD: Final = 0.2
 _WHEEL_LEVEL: Final = 63
 _WHEEL_SHIFT: Final = 3
 _NS: Final = 1e-9
+_NOWHERE: Final = np.uint64((1 << 64) - 1)
 # The mean of log2 over 1..n is log2(n) less this.
 _MEAN_LOG2: Final = 1 / math.log(2)
 
@@ -644,15 +645,15 @@ def _with_cpu(
     )
 
 
-def last_merge(pages: Pages) -> float:
+def last_merge(pages: Pages, groups: Groups) -> float:
     """Which part of a full scan is over at the last page that merges; 1 where none does.
 
     Between processes by the order of `pages.processes`, as `Pages.scan_order` has it.
 
     Parameters
     ----------
-    pages : Pages
-        Marked by `dedup.grouping.group`.
+    pages, groups
+        As for `dedup.model.merge.predict`.
     """
     gone = np.uint64(Flag.GONE | Flag.UNREAD)
     unstable = np.uint64(Flag.VOLATILE | Flag.NEW)
@@ -661,13 +662,13 @@ def last_merge(pages: Pages) -> float:
     for first, count in zip(
         pages.run_first[::-1].tolist(), pages.run_count[::-1].tolist(), strict=True
     ):
-        word = pages.frames[first : first + count]
-        present = (word & gone) == 0
-        merges = np.flatnonzero(present & ((word & Flag.DUPLICATE) != 0) & ((word & unstable) == 0))
-        if len(merges):
-            after += int(np.count_nonzero(present[int(merges[-1]) + 1 :]))
-            return 1 - after / int(np.count_nonzero((pages.frames & gone) == 0))
-        after += int(np.count_nonzero(present))
+        for end in range(first + count, first, -CHUNK_PAGES):
+            word = pages.frames[max(first, end - CHUNK_PAGES) : end]
+            merges = np.flatnonzero((word & (gone | unstable | Flag.DUPLICATE)) == Flag.DUPLICATE)
+            at = int(merges[-1]) + 1 if len(merges) else 0
+            after += int(np.count_nonzero((word[at:] & gone) == 0))
+            if len(merges):
+                return 1 - after / groups.census.of(gone)
     return 1.0
 
 
@@ -681,15 +682,19 @@ def pair_in_huge_page(pages: Pages, groups: Groups) -> bool:
     pages, groups
         As for `dedup.model.merge.predict`.
     """
-    word = pages.frames[groups.order]
-    huge = (word & Flag.THP) != 0
-    if not huge.any():
+    both = Flag.THP | Flag.DUPLICATE
+    if not groups.census.of(both | Flag.ZERO | Flag.HIDDEN, both):
         return False
-    starts = groups.offsets[:-1]
-    folio = (word & FRAME_MASK).astype(np.int64) // pages.huge_pages
-    low, high = np.minimum.reduceat(folio, starts), np.maximum.reduceat(folio, starts)
-    every = np.logical_and.reduceat(huge & ((word & (Flag.ZERO | Flag.HIDDEN)) == 0), starts)
-    return bool((every & (low == high)).any())
+    for first, last in groups.batches(CHUNK_PAGES):
+        offsets = groups.offsets[first : last + 1]
+        word = pages.frames[groups.order[offsets[0] : offsets[-1]]]
+        starts = offsets[:-1] - offsets[0]
+        inside = (word & (Flag.THP | Flag.ZERO | Flag.HIDDEN)) == Flag.THP
+        folio = np.where(inside, (word & FRAME_MASK) // np.uint64(pages.huge_pages), _NOWHERE)
+        low, high = np.minimum.reduceat(folio, starts), np.maximum.reduceat(folio, starts)
+        if ((low == high) & (high != _NOWHERE)).any():
+            return True
+    return False
 
 
 def load_of(pages: Pages, groups: Groups, prediction: Prediction, others: int = 0) -> Load:
@@ -710,8 +715,9 @@ def load_of(pages: Pages, groups: Groups, prediction: Prediction, others: int = 
 
     changing = 0
     if pages.looks > 1:
-        changed = (pages.frames & (Flag.VOLATILE | Flag.NEW)) != 0
-        changing = int(np.count_nonzero(changed & pages.present))
+        absent = Flag.GONE | Flag.UNREAD
+        steady = groups.census.of(absent | Flag.VOLATILE | Flag.NEW)
+        changing = groups.census.of(absent) - steady
     volatile = max(changing, middle("pages_volatile"))
     placed = middle("ksm_zero_pages") - sum(p.ksm_zero_pages for p in pages.processes)
     return Load(
@@ -721,7 +727,7 @@ def load_of(pages: Pages, groups: Groups, prediction: Prediction, others: int = 
         pages_volatile=volatile,
         ksm_zero_pages=max(0, placed),
         fork_shared=volatile - changing,
-        last_merge=last_merge(pages),
+        last_merge=last_merge(pages, groups),
         pair_in_huge_page=pair_in_huge_page(pages, groups),
     )
 

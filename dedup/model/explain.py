@@ -185,18 +185,9 @@ class _Ends:
 
     # -- contents ------------------------------------------------------------------------------
 
-    def _batches(self) -> Iterator[tuple[int, int]]:
-        """Groups, so many at a time that their pages are a chunk; a larger one alone."""
-        offsets, group = self.groups.offsets, 0
-        while group < len(offsets) - 1:
-            end = int(np.searchsorted(offsets, offsets[group] + CHUNK_PAGES, "right")) - 1
-            end = max(group + 1, end)
-            yield group, end
-            group = end
-
     def by_content(self) -> None:
         """Go through all contents: which of their pages stay, which share a frame already."""
-        for low, high in self._batches():
+        for low, high in self.groups.batches(CHUNK_PAGES):
             at, end = self.groups.offsets[[low, high]].tolist()
             if end - at > CHUNK_PAGES:
                 self._note(np.array([low]), np.array([self._one(low, mark=True).freed[1]]))

@@ -30,6 +30,11 @@ NOT_SIMPLE: Final = Flag.KSM | Flag.ZERO | Flag.OUTSIDE | Flag.HIDDEN
 """Flags of pages for which more than their number decides."""
 
 UNSTABLE: Final = Flag.VOLATILE | Flag.NEW
+ABSENT: Final = Flag.GONE | Flag.UNREAD
+NOT_STABLE: Final = UNSTABLE | ABSENT
+
+CHUNK_PAGES: Final = 1 << 18
+"""Pages of contents added up in one go: what is needed a page lives no longer."""
 
 LINKED_MOST: Final = 1 << 18
 """Mappings that are scanned one by one at the most, where that makes ranges one number: 1 s."""
@@ -212,6 +217,7 @@ def predict(pages: Pages, groups: Groups, rules: Rules) -> Prediction:
 class _Model:
     def __init__(self, pages: Pages, groups: Groups, rules: Rules, *, linked: bool = False) -> None:
         self.pages, self.groups, self.rules = pages, groups, rules
+        self.census = groups.census
         self.linked = linked
         nodes = None if rules.merge_across_nodes else pages.nodes
         self.nodes = nodes if pages.frames_known else None
@@ -258,34 +264,49 @@ class _Model:
         self.pinned = sum(-(-p.pinned_bytes // pages.page_size) for p in pages.processes)
 
     def run(self, *, volatile_known: bool) -> Prediction:
-        pages = self.pages
-        present = pages.present
-        rmap_by_process = self._count_by_process(present)
-        unstable = present & ((pages.frames & UNSTABLE) != 0)
-        self.volatile.add(int(np.count_nonzero(unstable)))
-        stable = present & ~unstable
-        zero = (pages.frames & Flag.ZERO) != 0
-        single = stable & ((pages.frames & Flag.DUPLICATE) == 0)
-        single[self.lonely] = True
-        self._singles(single & ~zero)
+        pages, census = self.pages, self.census
+        rmap_by_process = census.by_process(len(pages.processes), ABSENT)
+        self.volatile.add(int(rmap_by_process.sum()) - census.of(NOT_STABLE))
+        self._all_singles()
         contents = self._all_but_simple()
-        zeros = self._zeros(np.flatnonzero(stable & zero))
+        zeros = self._zeros()
         self.cut = bool((zeros.thp & ((zeros.word & Flag.LOCKED) == 0)).any())
         if zeros.thp.any():
-            self._find_locked(present)
+            self._find_locked()
         if self.linked:
             contents, zeros = self._scan_linked(contents, zeros)
         self._contents(contents)
-        for g in np.unique(zeros.group).tolist():
-            self._zero(zeros.take(zeros.group == g))
+        if zeros.groups == 1 and len(zeros.index):
+            self._zero(zeros)
+        elif zeros.groups > 1:
+            for g in np.unique(zeros.group).tolist():
+                self._zero(zeros.take(zeros.group == g))
         if self.pinned:
             self._widen(zeros)
         self.zero.add(sum(p.ksm_zero_pages for p in pages.processes))
         return self._result(rmap_by_process, volatile_known=volatile_known)
 
-    def _zeros(self, index: I64) -> _Copies:
-        """All-zero pages, a content for each node that merges apart."""
-        group, groups = np.zeros(len(index), np.int64), 1
+    def _zeros(self) -> _Copies:
+        """All-zero pages, a content for each node that merges apart.
+
+        None where nothing but their number decides; then they are added up already.
+        """
+        mask, frames = NOT_STABLE | Flag.ZERO, self.pages.frames
+        n = self.census.of(mask, Flag.ZERO)
+        known = mask | NOT_SIMPLE | Flag.THP | Flag.EXCLUSIVE
+        simple = self.census.of(known, Flag.ZERO | Flag.EXCLUSIVE) == n
+        one = len(self.pages.processes) == 1 and self.nodes is None and self.blind == 1
+        if n and one and simple and not (self.rules.use_zero_pages or self.pinned):
+            self._plain_zero(n)
+            n = 0
+        index = np.empty(0, np.int64)
+        if n:
+            chunks = range(0, len(frames), CHUNK_PAGES)
+            parts = [
+                np.flatnonzero((frames[a : a + CHUNK_PAGES] & mask) == Flag.ZERO) for a in chunks
+            ]
+            index = np.concatenate([p + a for a, p in zip(chunks, parts, strict=True)])
+        group, groups = np.broadcast_to(np.int64(0), len(index)), 1
         if self.nodes is not None and len(index):
             frame = (self.pages.frames[index] & FRAME_MASK).astype(np.int64)
             names, group = np.unique(self.nodes.of(frame), return_inverse=True)
@@ -298,10 +319,23 @@ class _Model:
         They are most of what a scan finds. Each has as many frames as mappings, so that nothing
         but its count decides.
         """
-        sizes, starts = np.diff(self.groups.offsets), self.groups.offsets[:-1]
-        if not len(sizes):
-            return self._copies(self.groups.order, sizes, 0)
-        word = self.pages.frames[self.groups.order]
+        parts = [
+            self._but_simple(self.groups.order[low:high], self.groups.offsets[a : b + 1] - low)
+            for a, b in self.groups.batches(CHUNK_PAGES)
+            for low, high in (self.groups.offsets[[a, b]].tolist(),)
+        ]
+        if not parts:
+            return self._copies(self.groups.order, self.groups.order, 0)
+        index, sizes = (np.concatenate(p) for p in zip(*parts, strict=True))
+        return self._copies(index, np.repeat(np.arange(len(sizes)), sizes), len(sizes))
+
+    def _but_simple(self, index: I64, offsets: I64) -> tuple[I64, I64]:
+        """The same of some contents; gives the pages of the others, and how many each has."""
+        sizes, starts = np.diff(offsets), offsets[:-1]
+        if len(sizes) == 1 and self.pages.frames[index[0]] & Flag.ZERO:
+            # All of them are: `_zeros` sees to those.
+            return index[:0], sizes[:0]
+        word = self.pages.frames[index]
         some, every = np.bitwise_or.reduceat(word, starts), np.bitwise_and.reduceat(word, starts)
         simple = ((every & Flag.EXCLUSIVE) != 0) & ((some & NOT_SIMPLE) == 0)
         nodes, left = closed_form(sizes, self.limit)
@@ -320,27 +354,9 @@ class _Model:
             inside = inside[(inside & Flag.THP) != 0] & FRAME_MASK
             self.split.update(_values(inside.astype(np.int64) // self.pages.huge_pages))
         rest = ~simple & ((every & Flag.ZERO) == 0)
-        which = np.repeat(rest, sizes)
-        number = np.cumsum(rest) - 1
-        return self._copies(
-            self.groups.order[which],
-            np.repeat(number[rest], sizes[rest]),
-            int(np.count_nonzero(rest)),
-        )
+        return index[np.repeat(rest, sizes)], sizes[rest]
 
     # -- arrays --------------------------------------------------------------------------------
-
-    def _count_by_process(self, mask: Bool) -> I64:
-        """How many pages of the mask each process has."""
-        pages = self.pages
-        total = np.zeros(len(pages.processes), np.int64)
-        if not len(pages.run_first):
-            return total
-        order = np.argsort(pages.run_first, kind="stable")
-        per_run = np.add.reduceat(mask, pages.run_first[order], dtype=np.int64)
-        process = pages.process_of_region()[pages.run_region[order]]
-        np.add.at(total, process, per_run)
-        return total
 
     def _count(self, c: _Copies, mask: Bool | None = None) -> I64:
         """How many of these mappings each process has."""
@@ -351,7 +367,7 @@ class _Model:
         if not len(index):
             return np.empty(0, np.int64)
         if len(self.pages.processes) == 1:
-            return np.zeros(len(index), np.int64)
+            return np.broadcast_to(np.int64(0), len(index))
         return np.asarray(self.pages.process_of_region()[self.pages.region_of(index)])
 
     def _folio_of(self, c: _Copies) -> I64:
@@ -365,13 +381,15 @@ class _Model:
             self.shared_folios.update(folio[c.thp & c.maybe_shared].tolist())
         return folio
 
-    def _find_locked(self, present: Bool) -> None:
+    def _find_locked(self) -> None:
         """Find the huge pages that any of their mappings locks, whatever it holds itself.
 
         Source: mm/migrate.c, try_to_map_unused_to_zeropage: PG_mlocked is the huge page's.
         """
         pages, lock = self.pages, Flag.THP | Flag.LOCKED
-        index = np.flatnonzero(present & ((pages.frames & lock) == lock))
+        if not self.census.of(ABSENT | lock, lock):
+            return
+        index = np.flatnonzero((pages.frames & (ABSENT | lock)) == lock)
         c = self._copies(index, np.zeros(len(index), np.int64), 1)
         self.locked_folios = np.unique(self._folio_of(c))
         self.locked_hidden = bool(((c.word & Flag.HIDDEN) != 0).any()) and len(pages.processes) > 1
@@ -418,6 +436,18 @@ class _Model:
         )
 
     # -- contents that are not all zero --------------------------------------------------------
+
+    def _all_singles(self) -> None:
+        """Contents that are there once."""
+        mask = NOT_STABLE | Flag.ZERO | Flag.DUPLICATE
+        n = self.census.of(mask)
+        if not len(self.lonely) and self.census.of(mask | Flag.KSM | Flag.HIDDEN) == n:
+            self.unshared.add(n)
+            return
+        word = self.pages.frames
+        single = (word & mask) == 0
+        single[self.lonely] = (word[self.lonely] & Flag.ZERO) == 0
+        self._singles(single)
 
     def _singles(self, single: Bool) -> None:
         """Contents that are there once: unshared, or a KSM page that lost its partners."""
@@ -684,7 +714,7 @@ class _Model:
         if c.thp.any():
             self._add_splits(c, f)
         # A frame that is mapped outside the scan too stays there, unless it is a node's.
-        outside = len(np.unique(c.frame[(c.word & Flag.OUTSIDE) != 0]))
+        outside = len(_sorted_values(c.frame[(c.word & Flag.OUTSIDE) != 0]))
         low = f.freed[0] - outside
         high = max(low, f.freed[1] - max(0, outside - f.nodes[1]))
         if f.freed[0] >= 0:
@@ -692,7 +722,7 @@ class _Model:
         self.freed.add(low, high)
         if c.zero[0]:
             self.zero_saved += low
-        elif len(np.unique(c.process)) == 1:
+        elif (c.process == c.process[0]).all():
             self.within_saved += low
         else:
             self.across_saved += low
@@ -803,7 +833,7 @@ class _Model:
         self.gone_by_process += self._count(c, which)[:, None]
         hidden = int((which & c.maybe_shared).sum())
         alone = c.alone
-        frames = int((which & alone).sum()) + len(np.unique(c.frame[which & ~alone]))
+        frames = int((which & alone).sum()) + len(_sorted_values(c.frame[which & ~alone]))
         self.freed.add(frames - hidden, frames)
         self.zero_saved += frames
 
@@ -870,14 +900,13 @@ class _Model:
 
     def _lonely(self, c: _Copies, folio: I64, vanishing: Bool) -> set[int]:
         """Huge pages with one zero page alone; two would split it by themselves."""
-        shared = np.flatnonzero(vanishing & ~c.alone)
-        _, where = np.unique(c.frame[shared], return_index=True)
-        frames = np.concatenate((np.flatnonzero(vanishing & c.alone), shared[where]))
-        inside = folio[frames]
-        if len(inside) and int(inside.min()) >= 0:
-            return set(np.flatnonzero(np.bincount(inside) == 1).tolist())
-        folios, count = np.unique(inside, return_counts=True)
-        return set(folios[count == 1].tolist())
+        if ((c.word[vanishing] & Flag.HIDDEN) != 0).any():
+            _, where = np.unique(c.frame[vanishing], return_index=True)
+            inside = np.sort(folio[vanishing][where])
+        else:
+            inside = _sorted_values(c.frame[vanishing]) // self.pages.huge_pages
+        fresh = _starts(inside)
+        return set(inside[fresh & np.append(fresh[1:], True)].tolist())
 
     def _first(self, c: _Copies, folio: I64, vanishing: Bool, candidates: set[int]) -> set[int]:
         """Of these huge pages the one that ksmd comes to first, where that is known."""
@@ -1092,7 +1121,8 @@ def by_node(pages: Pages, groups: Groups, nodes: Nodes) -> tuple[Groups, I64]:
     counts = np.diff(np.append(starts, len(index)))
     several = np.repeat(counts >= 2, counts)
     offsets = np.concatenate(([0], np.cumsum(counts[counts >= 2])))
-    return Groups(index[several], offsets.astype(np.int64), groups.considered), index[~several]
+    kept = Groups(index[several], offsets.astype(np.int64), groups.considered, groups.census)
+    return kept, index[~several]
 
 
 def _joined(a: _Copies, b: _Copies) -> _Copies:
@@ -1101,6 +1131,19 @@ def _joined(a: _Copies, b: _Copies) -> _Copies:
     parts = {n: np.concatenate((getattr(a, n), getattr(b, n))) for n in names}
     group = np.concatenate((a.group, b.group + a.groups))
     return _Copies(**parts, group=group, groups=a.groups + b.groups)
+
+
+def _starts(ascending: I64) -> Bool:
+    """Where a value stands for the first time."""
+    first = np.ones(len(ascending), bool)
+    first[1:] = ascending[1:] != ascending[:-1]
+    return first
+
+
+def _sorted_values(numbers: I64) -> I64:
+    """Distinct values, ascending: quickly where they ascend in long pieces, as frames do."""
+    ascending = np.sort(numbers, kind="stable")
+    return ascending[_starts(ascending)]
 
 
 def _values(numbers: I64) -> list[int]:

@@ -462,11 +462,14 @@ def mark_outside(pages: Pages, groups: Groups, sight: Sight) -> None:
     """
     if not sight.kpagecount:
         return
-    word = pages.frames[groups.order]
-    mask = ((word & Flag.EXCLUSIVE) == 0) & ((word & (Flag.KSM | Flag.HIDDEN)) == 0)
-    index = groups.order[mask]
+    known = Flag.EXCLUSIVE | Flag.KSM | Flag.HIDDEN
+    if not groups.census.of(Flag.DUPLICATE | known, Flag.DUPLICATE):
+        return
+    index = groups.order[(pages.frames[groups.order] & known) == 0]
     frames, which, seen = np.unique(
-        (word[mask] & FRAME_MASK).astype(np.int64), return_inverse=True, return_counts=True
+        (pages.frames[index] & FRAME_MASK).astype(np.int64),
+        return_inverse=True,
+        return_counts=True,
     )
     outside = pagemap.mappings_of(frames) > seen
     pages.frames[index[outside[which]]] |= Flag.OUTSIDE

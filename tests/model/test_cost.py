@@ -394,16 +394,15 @@ def test_the_last_page_that_merges() -> None:
     for content in (1, 2, 1, 2, UNIQUE, UNIQUE, UNIQUE, UNIQUE):
         layout.page(p, content)
     pages = layout.pages()
-    grouping.group(pages)
-    assert last_merge(pages) == 0.5
+    assert last_merge(pages, grouping.group(pages)) == 0.5
     layout = Layout()
     p, q = layout.process(), layout.process()
     for content in (1, UNIQUE, UNIQUE, UNIQUE):
         layout.page(p, content)
         layout.page(q, content)
     pages = layout.pages()
-    grouping.group(pages)
-    assert last_merge(pages) == 5 / 8
+    assert last_merge(pages, grouping.group(pages)) == 5 / 8
     layout = Layout()
     layout.page(layout.process(), UNIQUE)
-    assert last_merge(layout.pages()) == 1.0
+    pages = layout.pages()
+    assert last_merge(pages, grouping.group(pages)) == 1.0
