@@ -234,11 +234,11 @@ int main(int argc, char **argv)
         must(write(pipe_ends[1], room, 4096) == 4096, "fill");
     }
     if (IS("recv_timeout") || IS("recvmsg_timeout")) {
-        struct timeval long_time = {60, 0};
+        struct timeval long_time = {600, 0};
         setsockopt(pair[0], SOL_SOCKET, SO_RCVTIMEO, &long_time, sizeof(long_time));
     }
     if (IS("accept_timeout")) {
-        struct timeval long_time = {60, 0};
+        struct timeval long_time = {600, 0};
         setsockopt(listener, SOL_SOCKET, SO_RCVTIMEO, &long_time, sizeof(long_time));
     }
     printf("ready\n");
@@ -341,7 +341,7 @@ int main(int argc, char **argv)
         expected = SIGUSR1;
     }
     else if (IS("sigtimedwait")) {
-        t.tv_sec = 60;
+        t.tv_sec = 600;
         rc = syscall(SYS_rt_sigtimedwait, &one, &info, &t, 8);
         expected = SIGUSR1;
     }
@@ -369,7 +369,7 @@ int main(int argc, char **argv)
     else if (IS("msgrcv")) { rc = msgrcv(message_queue, &message, 1, 0, 0); expected = 1; }
     else if (IS("semop")) { rc = semop(semaphores, &down, 1); expected = 0; }
     else if (IS("semtimedop")) {
-        t.tv_sec = 60;
+        t.tv_sec = 600;
         rc = semtimedop(semaphores, &down, 1, &t);
         expected = 0;
     }
