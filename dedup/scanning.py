@@ -483,7 +483,13 @@ class _Looking:
     def _predict(self, pages: Pages) -> None:
         self.groups = grouping.group(pages, self.source.tally.threads)
         mark_outside(pages, self.groups, self.source.sight)
-        self.predictions.append(merge.predict(pages, self.groups, self.rules))
+        found = merge.predict(pages, self.groups, self.rules)
+        untouched = stored.without_zeros(pages)
+        if untouched is not None:
+            # A file can't tell zeros from memory that was never touched: somewhere in between.
+            groups = grouping.group(untouched, self.source.tally.threads)
+            found = steady.seen([merge.predict(untouched, groups, self.rules), found])
+        self.predictions.append(found)
 
     def _drifts(self, pages: Pages) -> bool:
         """Whether what one look says has moved since the first, and stays so.

@@ -624,8 +624,9 @@ class View:
         zeros = scan.prediction.breakdown.zero_pages
         if zeros:
             words.append(
-                f"Of what is freed, {size(zeros * page)} are all-zero pages: a file can't tell "
-                "them from memory that was never touched, which takes no memory."
+                f"Of what is freed at the most, {size(zeros * page)} are all-zero pages: a file "
+                "can't tell them from memory that was never touched, which takes none. The low "
+                "ends are without them."
             )
         words.append(
             "Files hold no frame numbers, huge pages or merged pages: figures are those of memory "

@@ -28,7 +28,8 @@ PAGEMAP, MM, CORE = 0x56084025, 0x57492820, 0x55053847
 """Magics: of every image of a process, and of each kind."""
 IMAGE_MOST_BYTES: Final = 1 << 28
 """Of an image other than pages: far more than any has."""
-PARENTS_MOST: Final = 1024
+PARENTS_MOST: Final = 256
+"""One after the other: as many as the interpreter's stack has room for."""
 
 IN_PARENT, LAZY, PRESENT = 1, 2, 4
 """PE_PARENT, PE_LAZY, PE_PRESENT."""

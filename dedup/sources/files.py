@@ -149,7 +149,10 @@ def failure(path: str, e: OSError | ValueError) -> BadInput | NotPermitted | Out
         return NotPermitted(f"may not read {path}")
     if e.errno in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO}:
         return BadInput(f"can't open {path}: {os.strerror(e.errno)}", "see `ls -l` of it")
-    return OutputFailed(f"reading {path} failed: {e.strerror}")
+    many = e.errno in {errno.EMFILE, errno.ENFILE}
+    return OutputFailed(
+        f"reading {path} failed: {e.strerror}", "allow more: `ulimit -n 65536`" if many else None
+    )
 
 
 def cut(path: str) -> BadInput:

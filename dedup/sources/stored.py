@@ -3,8 +3,8 @@
 A file holds no frame numbers, no huge pages, no KSM pages, no volatile ones. Frames that processes
 share since a fork show in one way alone: the same content at the same address of two of them.
 Where that is so, pages may be one frame or copies; all others have frames of their own. A file
-can't tell memory that is all zeros from memory that was never touched: zeros count as pages, and
-are told apart.
+can't tell memory that is all zeros from memory that was never touched: zeros are told apart, and
+figures go from what they are without zeros to what they are with them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ READERS: Final[dict[str, Callable[[str, int], Source]]] = {
 """By the option's word."""
 PIECE_PAGES: Final = 1 << 14
 """Hashed by a thread at a time."""
-HOLES_PLAIN: Final = 1 << 24
+HOLES_PLAIN: Final = 1 << 22
 HOLES_TIMES: Final = 64
 """Pages in holes that may be: so many, and so many times the others. Each takes 16 bytes here."""
 WORD: Final = Flag.HIDDEN | Flag.EXCLUSIVE
@@ -126,6 +126,21 @@ def add(
         _mark_shareable(store, address, count, first, forks[owner], pages.page_size)
     store.used += total
     return address, count, first, region
+
+
+def without_zeros(pages: Pages) -> Pages | None:
+    """The same pages without the all-zero ones of files; None where there are none."""
+    if not pages.stored:
+        return None
+    frames = pages.frames.copy()
+    owner = pages.process_of_region()[pages.run_region]
+    in_file = np.array([p.stored is not None for p in pages.processes], bool)[owner]
+    for first, n in zip(pages.run_first[in_file], pages.run_count[in_file], strict=True):
+        part = frames[first : first + n]
+        part[(part & Flag.ZERO) != 0] |= Flag.GONE
+    if not np.any(frames != pages.frames):
+        return None
+    return replace(pages, frames=frames)
 
 
 def _mark_shareable(

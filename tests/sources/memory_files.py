@@ -30,8 +30,11 @@ def digest(content: bytes) -> int:
 
 
 def scan(*named: tuple[str, Path | str], pids: tuple[int, ...] = (), **options: object) -> Scan:
-    """Scan files with the tests' seed."""
-    plan = Plan(options=Options(seed=SEED, **options))  # type: ignore[arg-type]
+    """Scan files with the tests' seed, for the kernel's defaults, whatever the host has."""
+    plan = Plan(
+        options=Options(seed=SEED, **options),  # type: ignore[arg-type]
+        assumed={"max_page_sharing": 256, "use_zero_pages": 0},
+    )
     return scan_files([(kind, str(path)) for kind, path in named], pids, plan)
 
 
@@ -216,7 +219,7 @@ def dump(folder: Path, *processes: Dumped, version: int = 4, parent: str = "") -
     folder.mkdir(exist_ok=True)
     for p in processes:
         entries = [message((1, p.pages_id))]
-        raw = b""
+        raw = bytearray()
         for address, what, how in p.pages:
             n = what if isinstance(what, int) else len(what)
             raw += b"" if isinstance(what, int) else b"".join(what)

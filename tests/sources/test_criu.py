@@ -126,6 +126,9 @@ def test_parents(tmp_path: Path) -> None:
     refused(dump(tmp_path / "self", Dumped(7, entries), parent="."), "in a circle")
     dump(tmp_path / "less", Dumped(7, [(A, pages("a"), PRESENT)]))
     refused(dump(tmp_path / "more", Dumped(7, entries), parent="../less"), "has none there")
+    for i in range(300):
+        dump(tmp_path / f"p{i}", Dumped(7, entries), parent=f"../p{i + 1}")
+    refused(tmp_path / "p0", "more than 256 parents")
     refused(dump(tmp_path / "gone", Dumped(7, entries), parent="../nowhere"), "No such file")
 
 

@@ -81,6 +81,27 @@ def test_holes_are_zeros(tmp_path: Path, cut: bool) -> None:
     assert holes == 0 if cut else 300 < holes <= 397
 
 
+def test_figures_go_from_those_without_zeros_to_those_with_them(tmp_path: Path) -> None:
+    (tmp_path / "ram").write_bytes(page("a") * 3 + ZERO * 10 + page("b"))
+    p = scan(("image", tmp_path / "ram")).prediction
+    assert p.bounds["pages_shared"] == (1, 2)
+    assert p.bounds["pages_sharing"] == (2, 11)
+    assert p.bounds["frames_freed"] == (2, 11)
+    assert p.pages_unshared == 1
+    assert p.processes[0].bounds["ksm_rmap_items"] == (4, 14)
+    assert p.breakdown.zero_pages == 9
+    # Zeros of live processes are known to be there.
+    from tests.kernel_fixtures import Target
+
+    with Target() as target:
+        target.do("map", name="a", pages=300)
+        target.do("fill", name="a", at=0, count=300, what="zero")
+        both = scan(("image", tmp_path / "ram"), pids=(target.pid,)).prediction
+    low, high = both.bounds["pages_sharing"]
+    assert low > 290
+    assert high - low in range(8, 12)
+
+
 def test_all_of_it_is_a_hole(tmp_path: Path) -> None:
     (tmp_path / "ram").touch()
     os.truncate(tmp_path / "ram", 1000 * PAGE)
