@@ -171,6 +171,30 @@ def test_holes_are_zeros_but_not_in_room_that_was_only_reserved(tmp_path: Path) 
     assert 0 < found.pages.stored[0].hole_pages <= 64
 
 
+@pytest.mark.parametrize("shift", [0, 1683, 4095])
+def test_a_copy_with_holes_gives_the_same(tmp_path: Path, shift: int) -> None:
+    """Holes begin and end inside pages, where those are not aligned in the file."""
+    half = [ZERO[:2500] + page(f"h {i}")[2500:] for i in range(4)]
+    other = [page(f"o {i}")[:1500] + ZERO[1500:] for i in range(4)]
+    some = [*half[:2], ZERO, other[0], ZERO, ZERO, half[2], ZERO, other[1], half[3], ZERO, other[2]]
+    path = Elf([Load(B, b"".join(some * 5))], shift=shift).write(tmp_path / "core")
+    raw = path.read_bytes()
+    with (tmp_path / "holes").open("wb") as file:
+        for at in range(0, len(raw), PAGE):
+            block = raw[at : at + PAGE]
+            if block.strip(b"\0"):
+                file.seek(at)
+                file.write(block)
+        file.truncate(len(raw))
+    dense, sparse = scan(("core", path)), scan(("core", tmp_path / "holes"))
+    assert contents(sparse.pages) == contents(dense.pages)
+    assert [contents(dense.pages)[B + i * PAGE] for i in range(len(some))] == [
+        digest(p) for p in some
+    ]
+    assert sparse.pages.stored[0].hole_pages > 0
+    assert dense.pages.stored[0].hole_pages == 0
+
+
 def test_parts_of_pages_at_the_ends_of_a_segment_are_left(tmp_path: Path) -> None:
     path = Elf([Load(B + 100, page("x") + page("a") + page("y"))]).write(tmp_path / "core")
     raw = (page("x") + page("a") + page("y"))[PAGE - 100 :]
