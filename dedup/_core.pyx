@@ -122,5 +122,6 @@ cdef extern from "<sys/mman.h>" nogil:
 include "hash.pxi"
 include "scan.pxi"
 include "group.pxi"
+include "file.pxi"
 include "shims.pxi"
 include "ptrace.pxi"

@@ -20,6 +20,9 @@ FRAME_MASK: Final = np.uint64((1 << 48) - 1)
 """The frame number in a frame word; the flags stand above it."""
 NO_FLAG: Final = np.uint64(0)
 
+NOT_DUMPED: Final = "not-dumped"
+"""Code of what the maker of a file left out of it."""
+
 
 class Flag:
     """Flags of a frame word. `_core` sets them; a test holds both tables against each other."""
@@ -49,6 +52,19 @@ class ProcessId:
     """Clock ticks after boot (field 22 of /proc/PID/stat)."""
 
 
+@dataclass(slots=True)
+class Stored:
+    """A file, or a folder of files, that memory was taken from."""
+
+    kind: str
+    """`core`, `image` or `criu`, as the option that named it."""
+    path: str
+    file_bytes: int
+    """Of the files read."""
+    hole_pages: int = 0
+    """Pages in holes of the files: they count as all-zero pages."""
+
+
 @dataclass(frozen=True, slots=True)
 class Process:
     """What is known of a scanned process besides its pages."""
@@ -64,6 +80,8 @@ class Process:
     """Pages that ksmd follows already."""
     pinned_bytes: int = 0
     """Memory pinned for devices and io_uring (VmPin); which pages it is can't be seen."""
+    stored: int | None = None
+    """Where its memory lies (`Pages.stored`); None for a live process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +111,7 @@ class Region:
     ksm_bytes: int = 0
     resident_bytes: int | None = None
     """All that is mapped, pages of files included; None where the source does not tell."""
+    advised_known: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +135,30 @@ class Nodes:
 
 
 @dataclass(slots=True)
+class Origin:
+    """Where pages lie in files: from page ``first[i]`` on, one after another.
+
+    Pages below the first, and those behind a piece's last, lie in none.
+    """
+
+    first: I64
+    """Ascending."""
+    count: I64
+    offset: I64
+    """Bytes."""
+    path: I64
+    """Index in `paths`."""
+    paths: list[str]
+
+    def of(self, page: int) -> tuple[str, int, int] | None:
+        """Path, offset of the piece and number in it of a page; None for one that lies in none."""
+        at = int(np.searchsorted(self.first, page, side="right")) - 1
+        if at < 0 or page - int(self.first[at]) >= int(self.count[at]):
+            return None
+        return self.paths[int(self.path[at])], int(self.offset[at]), page - int(self.first[at])
+
+
+@dataclass(slots=True)
 class Skipped:
     """Something that a scan left out, and why."""
 
@@ -123,6 +166,11 @@ class Skipped:
     what: str
     code: str
     pages: int | None = None
+
+    @property
+    def amiss(self) -> bool:
+        """Whether something chosen is missing, other than what a file's maker never put in."""
+        return self.code != NOT_DUMPED
 
 
 @dataclass(slots=True)
@@ -151,6 +199,9 @@ class Pages:
     nodes: Nodes | None = None
     """None where the host has one NUMA node."""
     skipped: list[Skipped] = field(default_factory=list)
+    stored: list[Stored] = field(default_factory=list)
+    """Files that processes were taken from."""
+    origin: Origin | None = None
 
     @property
     def present(self) -> Bool:

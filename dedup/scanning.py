@@ -12,10 +12,11 @@ import numpy as np
 
 from dedup import calibration, grouping
 from dedup.errors import Unsupported, Usage
-from dedup.kernel import ksmd, processes
+from dedup.kernel import ksmd, pagemap, processes
 from dedup.kernel.ksm import Ksm
 from dedup.model import cost, merge, smart, steady
 from dedup.pages import Flag
+from dedup.sources import stored
 from dedup.sources.live import LiveSource, Options, Span, mark_outside, wait_until
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ class Scan:
     @property
     def complete(self) -> bool:
         """Whether nothing chosen was left out."""
-        return not self.pages.skipped and not self.tally.unread_pages
+        return not any(s.amiss for s in self.pages.skipped) and not self.tally.unread_pages
 
     @property
     def scanned_pages(self) -> int:
@@ -149,6 +150,51 @@ def scan_pids(pids: Sequence[int], plan: Plan | None = None) -> Scan:
     """
     plan = plan or Plan()
     return _run(LiveSource(list(pids), plan.options), plan)
+
+
+def scan_files(
+    named: Sequence[tuple[str, str]], pids: Sequence[int] = (), plan: Plan | None = None
+) -> Scan:
+    """Scan memory in files, together with live processes where there are any.
+
+    Parameters
+    ----------
+    named : sequence of (kind, path)
+        `core`, `image` or `criu` each.
+    pids : sequence of int
+    plan : Plan, optional
+        Files are looked at once: `passes` is for the processes.
+
+    Raises
+    ------
+    BadInput, NotPermitted, Unsupported
+        A file can't be read or is not what it should be.
+    Usage
+        Something is asked for that files don't tell.
+    NoSuchProcess, NoMemory, ProcessGone
+        As `scan_pids`.
+    """
+    plan = plan or Plan()
+    if not pids:
+        if plan.passes is not None and plan.passes > 1:
+            raise Usage(
+                "a file is the memory of one moment: there is no second look at it",
+                "leave --passes out",
+            )
+        plan = replace(plan, passes=1)
+    untold = [kind for kind, _ in named if kind != "criu"]
+    if plan.options.scope == "advised" and untold:
+        raise Usage(
+            f"--scope advised does not go with --{untold[0]}: such a file does not tell which "
+            "mappings are marked mergeable",
+            "leave --scope out",
+        )
+    sources = stored.open_all(named, pagemap.sight().page_size)
+    try:
+        return _run(LiveSource(list(pids), plan.options, sources=sources), plan)
+    finally:
+        for source in sources:
+            source.close()
 
 
 def scan_spans(spans: Sequence[Span], plan: Plan | None = None) -> Scan:
@@ -437,7 +483,13 @@ class _Looking:
     def _predict(self, pages: Pages) -> None:
         self.groups = grouping.group(pages, self.source.tally.threads)
         mark_outside(pages, self.groups, self.source.sight)
-        self.predictions.append(merge.predict(pages, self.groups, self.rules))
+        found = merge.predict(pages, self.groups, self.rules)
+        untouched = stored.without_zeros(pages)
+        if untouched is not None:
+            # A file can't tell zeros from memory that was never touched: somewhere in between.
+            groups = grouping.group(untouched, self.source.tally.threads)
+            found = steady.seen([merge.predict(untouched, groups, self.rules), found])
+        self.predictions.append(found)
 
     def _drifts(self, pages: Pages) -> bool:
         """Whether what one look says has moved since the first, and stays so.

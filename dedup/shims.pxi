@@ -293,14 +293,18 @@ def look_like(int mem_fd, int pagemap_fd, uint64_t address, int page_size, uint6
         got = _pread_all(pagemap_fd, &entry, 8, <int64_t>(address // <uint64_t>page_size) * 8)
         if got == 8 and entry & PM_PRESENT:
             if _pread_all(mem_fd, page, page_size, <int64_t>address) == page_size:
-                if _hash_page(page, page_size, secret, 192) != digest:
-                    found = L_CHANGED
-                elif _is_constant(page, page_size):
-                    found = L_ZERO if (<uint64_t *>page)[0] == 0 else L_CONSTANT
-                else:
-                    found = L_TEXT if _is_text(page, page_size) else L_BINARY
+                found = _judge(page, page_size, secret, digest)
         free(page)
     return found
+
+
+cdef int _judge(const uint8_t *page, int page_size, const uint8_t *secret,
+                uint64_t digest) noexcept nogil:
+    if _hash_page(page, page_size, secret, 192) != digest:
+        return L_CHANGED
+    if _is_constant(page, page_size):
+        return L_ZERO if (<const uint64_t *>page)[0] == 0 else L_CONSTANT
+    return L_TEXT if _is_text(page, page_size) else L_BINARY
 
 
 cdef int _is_text(const uint8_t *page, int size) noexcept nogil:

@@ -220,7 +220,7 @@ find_programs() {
     programs=
     for find_pair in redis-server:redis-server nginx:nginx-light perl:perl php:php-cli \
         lua5.4:lua5.4 swipl:swi-prolog-nox prometheus-node-exporter:prometheus-node-exporter \
-        qemu-system-x86_64:qemu-system-x86; do
+        qemu-system-x86_64:qemu-system-x86 gcore:gdb; do
         command -v "${find_pair%%:*}" >/dev/null 2>&1 || programs="$programs ${find_pair#*:}"
     done
     programs=${programs# }

@@ -1,4 +1,4 @@
-"""`dedup scan`: predict what KSM would merge in live processes."""
+"""`dedup scan`: predict what KSM would merge in live processes, or in memory that lies in files."""
 
 from __future__ import annotations
 
@@ -22,9 +22,22 @@ if TYPE_CHECKING:
         ("dedup scan --name 'redis*'", "in several, and between them"),
         ("dedup scan --all --by unit", "which services are worth it"),
         ("dedup scan --pid 1234 --json", "the same for programs"),
+        ("dedup scan --core core.1 --core core.2", "in core files, and between them"),
     ],
 )
 @chooses_processes
+@click.option(
+    "--core", "cores", type=click.Path(), multiple=True, metavar="FILE",
+    help="Memory in an ELF core: gcore's, the kernel's, QEMU's dump-guest-memory.",
+)  # fmt: skip
+@click.option(
+    "--image", "images", type=click.Path(), multiple=True, metavar="FILE",
+    help="Raw memory: QEMU's pmemsave, a snapshot of a guest.",
+)  # fmt: skip
+@click.option(
+    "--criu", "criu", type=click.Path(), multiple=True, metavar="DIR",
+    help="Memory in the images of a CRIU dump.",
+)  # fmt: skip
 @click.option(
     "--by", type=click.Choice(["name", "user", "cgroup", "unit"]),
     help="Group the processes and rank the groups by what each would save alone.",
@@ -69,6 +82,9 @@ if TYPE_CHECKING:
 def command(
     choice: Choice,
     output: Output,
+    cores: tuple[str, ...],
+    images: tuple[str, ...],
+    criu: tuple[str, ...],
     by: Any,
     scope: Any,
     passes: int | None,
@@ -80,29 +96,32 @@ def command(
     top: int | None,
     verbose: bool,
 ) -> int:
-    """Predict what KSM would merge in live processes.
+    """Predict what KSM would merge in live processes, or in memory that lies in files.
 
     It reads their memory and changes nothing: no page is faulted in, unshared or split, no process
     stops. The figures are what the kernel's counters show once ksmd has converged with smart scan
     off. Your own processes need no root; root sees frame numbers, which makes all figures exact.
+
+    Files go through the same model, several of them as several processes, with live ones too if
+    you like. They hold no frame numbers, and can't tell zeros from memory that was never touched.
     """
     from dedup import scanning
     from dedup.change.tunables import changed_for_now, others_at_the_knobs
     from dedup.report import jsonout, text
     from dedup.sources.live import Options
 
-    pids = scanning.choose(choice)
+    options = {"core": cores, "image": images, "criu": criu}
+    files = [(kind, path) for kind, paths in options.items() for path in paths]
+    pids = [] if files and not choice else scanning.choose(choice)
     with output.progress() as progress:
-        scan = scanning.scan_pids(
-            pids,
-            scanning.Plan(
-                options=Options(scope=scope, threads=threads or 0, seed=seed, progress=progress),
-                passes=passes,
-                interval_seconds=interval,
-                full_scan_seconds=full_scan,
-                assumed=dict(assumed),
-            ),
+        plan = scanning.Plan(
+            options=Options(scope=scope, threads=threads or 0, seed=seed, progress=progress),
+            passes=passes,
+            interval_seconds=interval,
+            full_scan_seconds=full_scan,
+            assumed=dict(assumed),
         )
+        scan = scanning.scan_files(files, pids, plan) if files else scanning.scan_pids(pids, plan)
     if output.json:
         output.result(jsonout.scan_object(scan, by, jsonout.TOP if top is None else top))
     else:

@@ -30,6 +30,16 @@ if TYPE_CHECKING:
 
 
 @cache
+def _kernels_own() -> frozenset[int]:
+    return frozenset(os.stat(path).st_dev for path in ("/proc", "/sys") if os.path.exists(path))
+
+
+def made_up(device: int) -> bool:
+    """Whether a device (`st_dev`) is procfs or sysfs, whose files have no size to go by."""
+    return device in _kernels_own()
+
+
+@cache
 def load_hash(page_size: int) -> str:
     """Load XXH3 and say which symbol is in use.
 
@@ -316,6 +326,12 @@ def look_like(handle: Handle, address: int, page_size: int, seed: int, digest: i
         entries = handle.open("pagemap")
         stack.callback(os.close, entries)
         return LOOKS.get(_core.look_like(mem, entries, address, page_size, seed, digest))
+
+
+def look_like_in_file(fd: int, offset: int, page_size: int, seed: int, digest: int) -> str | None:
+    """What one page of a file looks like, as `look_like` has it of a process."""
+    load_hash(page_size)
+    return LOOKS.get(_core.look_like_in_file(fd, offset, page_size, seed, digest))
 
 
 def _prior_arrays(prior: Prior, targets: int) -> tuple[I64, I64, I64, I64]:

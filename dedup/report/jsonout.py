@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dedup.errors import Told
     from dedup.model.smart import SmartScan
     from dedup.pages import Process, Region, Skipped
-    from dedup.report.summary import By, Service
+    from dedup.report.summary import By, Service, StoredPages
     from dedup.report.why import Part, Top, Why
     from dedup.scanning import Scan
 
@@ -84,7 +84,7 @@ def scan_object(scan: Scan, by: By | None = None, top: int = TOP) -> dict[str, A
         ],
         regions=[
             {
-                **_region(r, pages.processes[r.process].id.pid, n, duplicates, volatile),
+                **_region(r, pages.processes[r.process], n, duplicates, volatile),
                 "why": why.reason(i),
                 "pages_by_fate": why.by_region[i],
             }
@@ -150,6 +150,20 @@ def _scan_part(scan: Scan) -> dict[str, Any]:
         },
         "complete": scan.complete,
         "skipped": skipped,
+        "sources": [_source(s) for s in summary.sources(scan.pages)],
+    }
+
+
+def _source(source: StoredPages) -> dict[str, Any]:
+    """A file, or a folder of files, that memory was taken from."""
+    return {
+        "kind": source.stored.kind,
+        "path": lossless(source.stored.path),
+        "file_bytes": source.stored.file_bytes,
+        "processes": source.processes,
+        "pages": source.pages,
+        "zero_pages": source.zero_pages,
+        "hole_pages": source.stored.hole_pages,
     }
 
 
@@ -193,40 +207,43 @@ def _process(
 ) -> dict[str, Any]:
     from dedup.model.merge import PROCESS_FIELDS
 
+    live = process.stored is None
     return {
         "pid": process.id.pid,
-        "start_time": process.id.start_time,
+        "start_time": process.id.start_time if live else None,
         "name": lossless(process.name),
         "user": lossless(process.user),
         "cgroup": lossless(process.cgroup),
         "unit": lossless(process.unit),
-        "pinned_bytes": process.pinned_bytes,
+        "pinned_bytes": process.pinned_bytes if live else None,
         "pages": pages,
         **{name: getattr(prediction, name) for name in PROCESS_FIELDS},
         "bounds": _bounds(prediction.bounds),
         "pages_by_fate": dict(fate),
+        "source": process.stored,
     }
 
 
 def _region(
-    region: Region, pid: int, pages: int, duplicates: int, volatile: int | None
+    region: Region, process: Process, pages: int, duplicates: int, volatile: int | None
 ) -> dict[str, Any]:
+    live = process.stored is None
     return {
-        "pid": pid,
+        "pid": process.id.pid,
         "start": hex(region.start),
         "end": hex(region.end),
         "name": lossless(region.name),
         "perms": region.perms,
         "eligible": region.eligible,
-        "advised": region.advised,
+        "advised": region.advised if region.advised_known else None,
         "scanned": region.scanned,
         "pages": pages,
         "duplicate_pages": duplicates,
         "pages_volatile": volatile,
         "anonymous_bytes": region.anonymous_bytes,
-        "anon_huge_bytes": region.anon_huge_bytes,
-        "swap_bytes": region.swap_bytes,
-        "ksm_bytes": region.ksm_bytes,
+        "anon_huge_bytes": region.anon_huge_bytes if live else None,
+        "swap_bytes": region.swap_bytes if live else None,
+        "ksm_bytes": region.ksm_bytes if live else None,
     }
 
 

@@ -13,7 +13,7 @@ from dedup.pages import FRAME_MASK, Flag
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dedup.pages import I64, Bool, Pages, Process, Skipped
+    from dedup.pages import I64, Bool, Pages, Process, Skipped, Stored
     from dedup.scanning import Scan
 
 By = Literal["name", "user", "cgroup", "unit"]
@@ -69,6 +69,40 @@ def by_process(pages: Pages, counts: I64) -> I64:
     if len(counts):
         np.add.at(total, pages.process_of_region(), counts)
     return total
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPages:
+    """What a scan has of a file, or of a folder of files."""
+
+    stored: Stored
+    processes: int
+    pages: int
+    zero_pages: int
+    """Of them, all-zero ones: memory never touched looks the same."""
+
+
+def sources(pages: Pages) -> list[StoredPages]:
+    """What was taken from files, in the order of `Pages.stored`."""
+    if not pages.stored:
+        return []
+    zero = pages.present & ((pages.frames & Flag.ZERO) != 0)
+    by = zip(
+        pages.processes,
+        by_process(pages, _count(pages, pages.present)).tolist(),
+        by_process(pages, _count(pages, zero)).tolist(),
+        strict=True,
+    )
+    rows = [(p.stored, n, zeros) for p, n, zeros in by]
+    return [
+        StoredPages(
+            stored,
+            sum(1 for at, _, _ in rows if at == i),
+            sum(n for at, n, _ in rows if at == i),
+            sum(zeros for at, _, zeros in rows if at == i),
+        )
+        for i, stored in enumerate(pages.stored)
+    ]
 
 
 def distinct_frames(pages: Pages) -> int | None:
@@ -130,10 +164,13 @@ class LeftOut:
 
 
 def left_out(skipped: Sequence[Skipped]) -> list[LeftOut]:
-    """What was skipped, by reason, the most frequent first."""
-    found: dict[str, LeftOut] = {}
+    """What was skipped, by reason, the most frequent first; what is no process, one by one."""
+    found: dict[tuple[str, str], LeftOut] = {}
     for s in skipped:
-        entry = found.setdefault(s.code, LeftOut(s.code, [], s.what))
+        if not s.amiss:
+            continue
+        key = s.code, "" if s.pid is not None else s.what
+        entry = found.setdefault(key, LeftOut(s.code, [], s.what))
         if s.pid is not None:
             entry.pids.append(s.pid)
     return sorted(found.values(), key=lambda e: -len(e.pids))

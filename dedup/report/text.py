@@ -87,7 +87,7 @@ def partial(scan: Scan) -> str:
     """What a scan left out, in one sentence."""
     parts = [
         f"{count(len(e.pids), 'process', 'processes')} {LEFT_OUT_WORDS.get(e.code, e.code)}"
-        if len(e.pids) != 1
+        if len(e.pids) > 1
         else e.example
         for e in summary.left_out(scan.pages.skipped)
     ]
@@ -431,7 +431,7 @@ class View:
             else prediction.bounds.get("ksm_process_profit", (0, 0))
         )
         return [
-            str(process.id.pid),
+            str(process.id.pid or "-"),
             f"{pages:,}",
             span(*_merging(prediction)),
             span(*profits, in_bytes=True),
@@ -536,6 +536,8 @@ class View:
     def _mark(region: Region) -> str:
         if not region.eligible:
             return "refused"
+        if not region.advised_known:
+            return "?"
         return "yes" if region.advised else "no"
 
     def _not_scanned(self) -> list[RenderableType]:
@@ -580,7 +582,9 @@ class View:
             words.append(
                 f"{size(swapped)} are swapped out: KSM can't merge them, and they stay so."
             )
-        if not scan.pages.frames_known:
+        if scan.pages.stored:
+            words += self._of_files()
+        elif not scan.pages.frames_known:
             again = typable(f"`sudo dedup scan {safe(self.choice, plain=self.plain)}`")
             words.append(
                 "Frame numbers are hidden from you: pages that processes share since a fork can't "
@@ -605,8 +609,34 @@ class View:
                 )
         return parts
 
+    def _of_files(self) -> list[str]:
+        """What files tell and what they don't."""
+        scan = self.scan
+        page = scan.pages.page_size
+        words = []
+        for s in summary.sources(scan.pages):
+            what = f"{s.stored.kind} {safe(s.stored.path, plain=self.plain)}"
+            words.append(
+                f"{what}: {count(s.pages, 'page')}, {s.zero_pages:,} of them all zero"
+                + (f" ({s.stored.hole_pages:,} in holes)." if s.stored.hole_pages else ".")
+            )
+        words += [safe(s.what, plain=self.plain) + "." for s in scan.pages.skipped if not s.amiss]
+        zeros = scan.prediction.breakdown.zero_pages
+        if zeros:
+            words.append(
+                f"Of what is freed at the most, {size(zeros * page)} are all-zero pages: a file "
+                "can't tell them from memory that was never touched, which takes none. The low "
+                "ends are without them."
+            )
+        words.append(
+            "Files hold no frame numbers, huge pages or merged pages: figures are those of memory "
+            "in small pages of which nothing is merged yet; a range where two processes have the "
+            "same content at the same address, which may be one frame since a fork."
+        )
+        return words
+
     def _left_out(self, entry: summary.LeftOut) -> str:
-        if len(entry.pids) == 1:
+        if len(entry.pids) <= 1:
             return safe(entry.example, plain=self.plain)
         listed = ", ".join(str(p) for p in (entry.pids if self.verbose else entry.pids[:TOP]))
         if not self.verbose and len(entry.pids) > TOP:
@@ -633,6 +663,11 @@ class View:
     def _looks(self) -> str:
         scan = self.scan
         full = f"{scan.full_scan_seconds:.3g} s"
+        if scan.passes == 1 and all(p.stored is not None for p in scan.pages.processes):
+            return (
+                "Files are the memory of one moment: what changes all the time can't be told from "
+                "what stays, so pages_volatile is unknown and savings may be less."
+            )
         if scan.passes == 1:
             return (
                 "One look: what changes all the time can't be told from what stays, so "
@@ -667,6 +702,10 @@ class View:
         scan = self.scan
         if not scan.tunables:
             return [("see what this kernel was built with", "grep KSM /boot/config-$(uname -r)")]
+        guests = {s.kind for s in scan.pages.stored} == {"image"}
+        if guests and self._known("saved_bytes")[1] > 0:
+            line = "qemu-system-x86_64 -machine mem-merge=on ..."
+            return [("start the guests with mergeable memory, QEMU's default", line)]
         if self._known("saved_bytes")[1] <= 0:
             return [("look at more processes together", "dedup scan --all --by name")]
         steps = []

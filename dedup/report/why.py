@@ -40,6 +40,11 @@ WORDS: Final = {
 }
 """What becomes of a page, in words, by the code of the JSON."""
 
+HIDDEN_IN_FILES: Final = (
+    "copies, or one frame already (fork): files hold no frame numbers, and two processes have the "
+    "same at the same address"
+)
+
 PLACES: Final = {code: i for i, code in enumerate(WORDS)}
 
 NO_MEMORY: Final = frozenset({"zero_page", "gone"})
@@ -143,10 +148,11 @@ class Why:
                 continue
             for code, n in parts.items():
                 refused = code == "not_eligible"
-                key = (code, region.why, flag_of(region)) if refused else (code, WORDS[code], None)
+                words = region.why if refused else self._words(code)
+                key = (code, words, flag_of(region) if refused else None)
                 before = sums.get(key, 0)
                 sums[key] = None if before is None or n is None else before + n
-        if self.scan.pages.skipped:
+        if any(s.amiss for s in self.scan.pages.skipped):
             sums["left_out", WORDS["left_out"], None] = None
         parts_of = [Part(code, words, n, flag) for (code, words, flag), n in sums.items()]
         return sorted(parts_of, key=lambda part: _weight(part.code, part.pages))
@@ -158,7 +164,11 @@ class Why:
             return where.why
         known = [code for code, n in self.by_region[region].items() if n is not None]
         memory = [code for code in known if code not in NO_MEMORY]
-        return next((WORDS[code] for code in (*memory, *known)), NOTHING)
+        return next((self._words(code) for code in (*memory, *known)), NOTHING)
+
+    def _words(self, code: str) -> str:
+        stored = code == "hidden" and self.scan.pages.stored
+        return HIDDEN_IN_FILES if stored else WORDS[code]
 
     def processes_of(self, content: Content) -> list[tuple[int, int]]:
         """Processes (indices) with a content and the pages in each, the most first."""

@@ -1,4 +1,4 @@
-"""One more look at the processes of a finished scan, for what the scan itself does not keep.
+"""One more look at the memory of a finished scan, for what the scan itself does not keep.
 
 It reads pagemap, and a few present pages through /proc/PID/mem: nothing changes. Processes that
 have ended, or that have their pid from another one, are left alone.
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dedup.errors import NoSuchProcess, NotPermitted
+from dedup.errors import BadInput, NoSuchProcess, NotPermitted, OutputFailed
 from dedup.kernel import memory, pagemap, processes
+from dedup.sources.files import File
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -66,12 +67,35 @@ def looks_like(pages: Pages, samples: Sequence[Sequence[int]], seed: int) -> lis
     for some in samples:
         looks = None
         for i in some:
-            now = _look(pages, pages.processes[process[i]], address[i], int(pages.hashes[i]), seed)
+            owner = pages.processes[process[i]]
+            if owner.stored is None:
+                now = _look(pages, owner, address[i], int(pages.hashes[i]), seed)
+            else:
+                now = _look_in_file(pages, i, seed)
             looks = now or looks
             if now not in {None, "changed"}:
                 break
         found.append(looks)
     return found
+
+
+def _look_in_file(pages: Pages, index: int, seed: int) -> str | None:
+    """What a page in a file looks like; a hole is zeros, and None what can't be read any more."""
+    where = pages.origin.of(index) if pages.origin is not None else None
+    if where is None:
+        return "zero"
+    path, offset, number = where
+    try:
+        file = File.open(path)
+    except (BadInput, NotPermitted, OutputFailed):
+        return None
+    try:
+        size = pages.page_size
+        return memory.look_like_in_file(
+            file.fd, offset + number * size, size, seed, int(pages.hashes[index])
+        )
+    finally:
+        file.close()
 
 
 def _look(pages: Pages, process: Process, address: int, digest: int, seed: int) -> str | None:
@@ -91,7 +115,7 @@ def zero_pages(pages: Pages) -> list[int | None]:
         return found
     by_process: dict[int, list[int]] = {}
     for r, region in enumerate(pages.regions):
-        if region.eligible:
+        if region.eligible and pages.processes[region.process].stored is None:
             by_process.setdefault(region.process, []).append(r)
     for p, mine in by_process.items():
         for r, n in zip(mine, _zero(pages, p, [pages.regions[r] for r in mine]), strict=False):

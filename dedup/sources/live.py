@@ -26,6 +26,7 @@ from dedup.kernel import ksm as ksm_interface
 from dedup.kernel import maps, memory, numa, pagemap, processes
 from dedup.model.eligibility import why_not
 from dedup.pages import FRAME_MASK, Flag, Pages, Process, Region, Skipped
+from dedup.sources import stored
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from dedup.kernel.pagemap import Sight
     from dedup.kernel.processes import Handle
     from dedup.pages import I64, Groups
+    from dedup.sources.files import Source
 
 Scope = Literal["compatible", "advised"]
 
@@ -74,11 +76,14 @@ class LiveSource:
     options : Options
     spans : sequence of Span, optional
         Pieces of our own memory, hashed in place; then `pids` is empty.
+    sources : sequence of Source, optional
+        Memory in files, which stays as it is from look to look.
     """
 
     pids: Sequence[int]
     options: Options = field(default_factory=Options)
     spans: Sequence[Span] = ()
+    sources: Sequence[Source] = ()
     sight: Sight = field(default_factory=pagemap.sight)
     tally: memory.Tally = field(default_factory=memory.Tally)
     pages: Pages | None = None
@@ -94,6 +99,8 @@ class LiveSource:
     _ended: set[int] = field(default_factory=set)
     """Processes (indices) that ended during the scan: none of their pages counts."""
     _runs: list[tuple[I64, I64, I64, I64]] = field(default_factory=list)
+    _stored: slice = field(default_factory=lambda: slice(0))
+    """Pages that lie in files."""
 
     @property
     def lost_any(self) -> bool:
@@ -128,8 +135,32 @@ class LiveSource:
         self._each_batch(list(self.pids), first=True)
         if not pages.processes and self._failures:
             raise self._failures[0]
+        if self.sources:
+            self._add_stored(pages)
         self._finish(pages)
         return pages
+
+    def _add_stored(self, pages: Pages) -> None:
+        """Add memory in files, as processes behind the live ones."""
+        # Of such pages none is known; a model that knows some frames would take them for others.
+        pages.frames_known = pages.huge_known = False
+        if self._store is None:
+            self._store = memory.Store.of(0)
+        self.tally.hash_source = memory.load_hash(self.sight.page_size)
+        self.tally.threads = self.options.threads or memory.default_threads()
+        before = self._store.used
+        self._runs.append(
+            stored.add(
+                self.sources,
+                pages,
+                self._store,
+                self.seed,
+                self.tally,
+                advised_only=self.options.scope == "advised",
+                progress=self.options.progress,
+            )
+        )
+        self._stored = slice(before, self._store.used)
 
     def look_again(self) -> Pages:
         """Look once more: pages whose content differs become volatile.
@@ -143,7 +174,8 @@ class LiveSource:
         if pages is None or self._store is None:
             raise RuntimeError("look_again before first_look")
         self._store.frames[: self._store.used] &= ~(Flag.SEEN | Flag.NEW)
-        self._each_batch([p.id.pid for p in pages.processes], first=False)
+        self._store.frames[self._stored] |= Flag.SEEN
+        self._each_batch([p.id.pid for p in pages.processes if p.stored is None], first=False)
         frames = self._store.frames[: self._store.used]
         unseen = (frames & Flag.SEEN) == 0
         frames[unseen] |= Flag.GONE
@@ -178,6 +210,8 @@ class LiveSource:
             pids = [os.getpid()]
         pages = self.pages
         assert pages is not None
+        if not pids:
+            return
         at = 0
         parents = processes.parents() if not self.spans else set()
         merging = ksm_interface.Ksm().running
