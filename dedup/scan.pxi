@@ -547,8 +547,10 @@ cdef class Job:
                 break
             if not w.digest[i]:
                 continue
-            # Huge pages have one mark for all: their ends tell as much.
-            step = LOOK_AGAIN_HUGE_STEP if w.word[i] & THP else LOOK_AGAIN_STEP
+            # A huge page mapped as one has one mark for all: a few of its pages tell as much.
+            step = LOOK_AGAIN_STEP
+            if self.range_flags[w.where_range[i]] & R_HUGE:
+                step = LOOK_AGAIN_HUGE_STEP
             if fast % step == 0 or i == last:
                 got = pread(fd, &e, 8, <int64_t>(w.address[i] // <uint64_t>page_size) * 8)
                 suspect = got == 8 and self._differs(w, i, e)
