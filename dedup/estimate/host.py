@@ -53,7 +53,9 @@ def parse_size(text: str) -> int:
     ------
     ValueError
     """
-    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    found = re.fullmatch(
+        r"\s*([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE
+    )
     if not found:
         raise ValueError(f"{text!r} is no size such as 64G or 512M")
     return int(float(found[1]) * UNITS[found[2].upper()])

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from dedup.estimate import store
+from dedup.cli import capacity
+from dedup.estimate import host, store
 from tests.estimate.build import instance
 from tests.estimate.test_instances import two_peaks
 
@@ -165,6 +166,11 @@ def test_words_that_do_not_fit(dedup: Dedup, files: list[str], args: list[str], 
     result = dedup("capacity", *files, *args)
     assert result.status == 2
     assert words in " ".join(result.err.split())
+
+
+def test_the_longest_curve(dedup: Dedup, files: list[str]) -> None:
+    assert capacity.INSTANCES_MOST == host.INSTANCES_MOST
+    assert dedup("capacity", *files, "-n", str(host.INSTANCES_MOST + 1)).status == 2
 
 
 def test_without_files(dedup: Dedup) -> None:
