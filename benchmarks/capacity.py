@@ -113,6 +113,7 @@ class Study:
     """Files of instances, and what is predicted from the first ones."""
 
     def __init__(self, folder: Path) -> None:
+        folder.mkdir()
         self.folder = folder
         self.key = key.of_file(folder / key.NAME)
         self.files: list[Path] = []
@@ -168,7 +169,8 @@ def compare(control: KsmControl, study: Study, pids: list[int]) -> float:
 
 def run(kind: str, folder: Path, *, together: bool) -> float:
     worst = 0.0
-    study = Study(folder)
+    # Not beside the program: Python lists its folder, and a file more moves all its layout.
+    study = Study(folder / "study")
     with ksm_control() as control, ExitStack() as stack:
         pids: list[int] = []
         if kind == "pool":

@@ -119,7 +119,7 @@ def plan(paths: Sequence[Path], wish: Wish) -> Plan:
         curve=curve,
         fits=fits,
         stressed=stressed,
-        days=stress.days(service, point, memory.budget_bytes),
+        days=stress.days(service, curve, stressed, memory.budget_bytes),
         cost=price,
         warnings=_warnings(service, tunables, wish, fits),
     )
@@ -186,6 +186,14 @@ def _warnings(
     ):  # fmt: skip
         if chosen:
             warn(code, f"{who(chosen)} {words}")
+    if all(f.randomized == "none" for f in facts) and i.certain:
+        warn(
+            "fixed-addresses",
+            "addresses are not random, so instances share whole layouts, and there may be several "
+            "(a file more in a program's folder is enough): up to "
+            f"{100 * i.class_share:.0f} % of all may have one that was not seen. Save more "
+            "instances, started at different times",
+        )
     if len({f.randomized for f in facts}) > 1:
         warn("randomized", "some instances have random addresses and others not: they share less")
     for name in ("max_page_sharing", "use_zero_pages"):

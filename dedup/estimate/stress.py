@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from dedup.estimate.curve import Point, Service
 
 USUAL: Final = 0.1
@@ -21,6 +23,8 @@ class Day:
     frames: int
     bytes: int
     fits: bool
+    instances: int
+    """So many fit on such a day."""
 
 
 def worst_bytes(service: Service, p: Point) -> int:
@@ -30,13 +34,27 @@ def worst_bytes(service: Service, p: Point) -> int:
     return max(p.high_bytes, p.high_bytes + (frames - p.high_frames) * service.page_size)
 
 
-def days(service: Service, p: Point, budget_bytes: int) -> list[Day]:
-    """Bad days with so many instances: as many change as were seen to, a tenth, all."""
+def days(service: Service, points: Sequence[Point], instances: int, budget_bytes: int) -> list[Day]:
+    """Bad days with so many instances: as many change as were seen to, a tenth, all.
+
+    Parameters
+    ----------
+    service : Service
+    points : sequence of Point
+        The curve as far as instances fit.
+    instances : int
+    budget_bytes : int
+    """
     out = []
     for name, share in (("measured", service.volatile_share), ("tenth", USUAL), ("all", 1.0)):
-        frames = _frames(service, p, share, p.frames)
-        all_bytes = p.bytes + (frames - p.frames) * service.page_size
-        out.append(Day(name, share, frames, all_bytes, all_bytes <= budget_bytes))
+
+        def need(p: Point, share: float = share) -> tuple[int, int]:
+            frames = _frames(service, p, share, p.frames)
+            return frames, p.bytes + (frames - p.frames) * service.page_size
+
+        frames, all_bytes = need(points[instances - 1])
+        fits = next((p.instances - 1 for p in points if need(p)[1] > budget_bytes), len(points))
+        out.append(Day(name, share, frames, all_bytes, all_bytes <= budget_bytes, fits))
     return out
 
 

@@ -108,7 +108,7 @@ def lines(plan: Plan, width: int, *, plain: bool) -> list[RenderableType]:
         share = f" ({percent(d.share)})" if d.name == "measured" else ""
         days.add_row(
             Text(DAYS[d.name] + share), Text(size(d.bytes), justify="right"),
-            Text("fits" if d.fits else "does not fit", style="" if d.fits else "bold red"),
+            Text("fits" if d.fits else f"{d.instances:,} fit"),
         )  # fmt: skip
     out += [Padding(days, (0, 0, 0, 2)), Text(""), Text(_price(plan))]
     return out

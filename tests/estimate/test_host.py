@@ -87,16 +87,21 @@ def test_bad_days() -> None:
         for i in range(3)
     ]
     service = Service(seen, Rules())
-    p = service.curve(10)[-1]
+    points = service.curve(20)
+    p = points[9]
     assert p.frames == 1000 + 10 + 90
     # 10,000 merged pages; a page written to has a frame of its own again.
-    days = {d.name: d for d in stress.days(service, p, 20 << 20)}
+    days = {d.name: d for d in stress.days(service, points, 10, 20 << 20)}
     assert days["tenth"].frames == p.frames + 1000
     assert days["measured"].frames == p.frames + round(10_000 * 9 / 1010)
     assert days["all"].frames == p.without_ksm_frames
     assert days["all"].bytes - days["tenth"].bytes == 8000 * PAGE
     assert days["tenth"].fits
     assert not days["all"].fits
+    # Five would need 1,010 frames each, and 64 B for each page and each of 1,000 stable nodes.
+    assert 5 * 1010 * (PAGE + 64) + 1000 * 64 > 20 << 20 > 4 * 1010 * (PAGE + 64) + 1000 * 64
+    assert days["all"].instances == 4
+    assert 10 < days["tenth"].instances < days["measured"].instances < 20
 
 
 def test_the_load_of_ksmd() -> None:
