@@ -138,6 +138,14 @@ def test_what_is_new_gets_less_by_a_power() -> None:
     assert point.frames < point.lin
 
 
+def test_the_interval_goes_by_the_least_and_the_most_of_their_own() -> None:
+    seen = [two_peaks(1, 1000, own, first=i)[0] for i, own in enumerate((60, 70, 65))]
+    point = Incidence(seen, RULES).curve(10)[-1]
+    assert point.frames == pytest.approx(1195 + 7 * 65)
+    assert point.low == pytest.approx(1195 + 7 * 60 - 0.01 * point.frames)
+    assert point.high == pytest.approx(1195 + 7 * 70 + 0.01 * point.frames)
+
+
 def test_classes() -> None:
     one = two_peaks(2, 500, 10)
     alone = instance(9, {50_000 + c: (1, 1) for c in range(510)})
