@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from dedup.cli.options import Seconds, Tunable, chooses_processes, reports, words_of
 from dedup.cli.root import Exemplified
-from dedup.errors import Partial
+from dedup.errors import Partial, Usage
 
 if TYPE_CHECKING:
     from dedup.cli.output import Output
+    from dedup.estimate.key import Key
     from dedup.kernel.processes import Choice
+
+LABEL_MOST = 64
+"""Characters of a service's name."""
 
 
 @click.command(
@@ -23,6 +28,10 @@ if TYPE_CHECKING:
         ("dedup scan --all --by unit", "which services are worth it"),
         ("dedup scan --pid 1234 --json", "the same for programs"),
         ("dedup scan --core core.1 --core core.2", "in core files, and between them"),
+        (
+            "dedup scan --tree 1234 --save web-1.dedup",
+            "keep its fingerprints: see `dedup capacity`",
+        ),
     ],
 )
 @chooses_processes
@@ -77,6 +86,18 @@ if TYPE_CHECKING:
     "--top", type=click.IntRange(min=0), metavar="N",
     help="Contents to show, those that free the most: 5 by default, 10 with --json, 0 for none.",
 )  # fmt: skip
+@click.option(
+    "--save", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+    help="Keep fingerprints, for `dedup capacity`: all chosen processes are one instance.",
+)  # fmt: skip
+@click.option(
+    "--label", metavar="NAME", help="Of the service, with --save; else the processes' name."
+)
+@click.option(
+    "--key-file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+    help="Key of saved fingerprints, made if it does not exist; scans with the same key can be "
+    "compared. By default .dedup-key beside the file.",
+)  # fmt: skip
 @reports
 @click.option("--verbose", "-v", is_flag=True, help="Show all processes and regions.")
 def command(
@@ -94,6 +115,9 @@ def command(
     seed: int | None,
     threads: int | None,
     top: int | None,
+    save: Path | None,
+    label: str | None,
+    key_file: Path | None,
     verbose: bool,
 ) -> int:
     """Predict what KSM would merge in live processes, or in memory that lies in files.
@@ -112,16 +136,31 @@ def command(
 
     options = {"core": cores, "image": images, "criu": criu}
     files = [(kind, path) for kind, paths in options.items() for path in paths]
+    if files and save:
+        raise Usage(
+            "--save keeps the fingerprints of live processes, not of files",
+            "choose processes: `dedup scan --tree 1234 --save FILE`",
+        )
+    key = _key(save, label, key_file, seed)
     pids = [] if files and not choice else scanning.choose(choice)
     with output.progress() as progress:
         plan = scanning.Plan(
-            options=Options(scope=scope, threads=threads or 0, seed=seed, progress=progress),
+            options=Options(
+                scope=scope,
+                threads=threads or 0,
+                seed=key.seed if key else seed,
+                progress=progress,
+            ),
             passes=passes,
             interval_seconds=interval,
             full_scan_seconds=full_scan,
             assumed=dict(assumed),
         )
         scan = scanning.scan_files(files, pids, plan) if files else scanning.scan_pids(pids, plan)
+    if key and save:
+        from dedup.estimate import fingerprints, store
+
+        store.save(fingerprints.of_scan(scan, key, label or ""), save)
     if output.json:
         output.result(jsonout.scan_object(scan, by, jsonout.TOP if top is None else top))
     else:
@@ -141,3 +180,21 @@ def command(
         return 0
     output.note(f"dedup: done in part: {text.partial(scan)}")
     return Partial.exit_status
+
+
+def _key(
+    save: Path | None, label: str | None, key_file: Path | None, seed: int | None
+) -> Key | None:
+    """The key for what is to be saved, before the work of a scan."""
+    if save is None:
+        if label is not None or key_file is not None:
+            raise Usage("--label and --key-file need --save", "name a file: `--save web-1.dedup`")
+        return None
+    if seed is not None:
+        raise Usage("--save takes the seed from its key", "leave out `--seed`")
+    if label is not None and not 0 < len(label) <= LABEL_MOST:
+        raise Usage(f"--label takes 1 to {LABEL_MOST} characters")
+    from dedup.estimate import key, store
+
+    store.require()
+    return key.of_file(key_file or save.parent / key.NAME)

@@ -42,6 +42,11 @@ def read(proc: Path = PROC) -> Memory:
     )
 
 
+def total_bytes(proc: Path = PROC) -> int:
+    """All memory that the kernel manages (MemTotal)."""
+    return _kilobytes("MemTotal", (proc / "meminfo").read_text())
+
+
 def _kilobytes(name: str, text: str) -> int:
     found = re.search(rf"^{name}: +(\d+) kB", text, re.MULTILINE)
     return int(found[1]) * 1024 if found else 0

@@ -1,0 +1,1 @@
+"""More than was seen: from a few instances of a service to many."""

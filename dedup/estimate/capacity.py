@@ -1,0 +1,207 @@
+"""A capacity plan from end to end: files, curve, what fits, bad days, ksmd's price."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from dedup import calibration
+from dedup.errors import Usage
+from dedup.estimate import host, store, stress
+from dedup.estimate.curve import LEAST, Service
+from dedup.estimate.host import Memory
+from dedup.estimate.instances import LEAST as INSTANCES_LEAST
+from dedup.estimate.instances import Rules
+from dedup.kernel import ksmd, meminfo
+from dedup.model import cost
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from dedup.estimate.curve import Point
+    from dedup.estimate.fingerprints import Facts, Instance
+    from dedup.estimate.host import Fits
+    from dedup.estimate.stress import Day
+    from dedup.model.cost import Cost
+
+DEFAULTS: Final = {"max_page_sharing": 256, "use_zero_pages": 0, "merge_across_nodes": 1}
+"""The kernel's, where a scan was taken without KSM."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What is asked for.
+
+    Parameters
+    ----------
+    label : str, optional
+        Only files of this service.
+    ram_bytes : int, optional
+        None: this host's.
+    reserve_bytes : int
+    headroom : float
+        Share that is to stay free.
+    instances : int, optional
+        The curve goes so far, at the least.
+    assumed : mapping of str to int
+        Tunables in place of those of the scans.
+    """
+
+    label: str | None = None
+    ram_bytes: int | None = None
+    reserve_bytes: int = 0
+    headroom: float = 0.0
+    instances: int | None = None
+    assumed: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Caution:
+    """Something that the figures do not say by themselves."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The answer."""
+
+    wish: Wish
+    instances: list[Instance]
+    service: Service
+    tunables: dict[str, int]
+    memory: Memory
+    curve: list[Point]
+    fits: Fits
+    stressed: int
+    """Instances that the bad days and the price are for: as many as fit, one at the least."""
+    days: list[Day]
+    cost: Cost | None
+    """None where ksmd scans nothing."""
+    warnings: list[Caution]
+
+    @property
+    def label(self) -> str:
+        """The service."""
+        return self.service.facts[0].label
+
+
+def plan(paths: Sequence[Path], wish: Wish) -> Plan:
+    """Plan from saved scans.
+
+    Raises
+    ------
+    BadInput, NotPermitted, Unsupported
+        See `store.load_all`.
+    Usage
+        The files are of several services, none of the one asked for, or too many.
+    """
+    found = _of_service(store.load_all(paths), wish.label)
+    tunables = {**DEFAULTS, **found[0].facts.tunables, **wish.assumed}
+    service = Service(found, Rules(tunables["max_page_sharing"], bool(tunables["use_zero_pages"])))
+    ram = meminfo.total_bytes() if wish.ram_bytes is None else wish.ram_bytes
+    memory = Memory(ram, wish.reserve_bytes, wish.headroom)
+    curve, fits = host.fit(service, memory, max(LEAST, wish.instances or 0))
+    stressed = max(1, fits.with_ksm)
+    point = curve[stressed - 1]
+    settings = cost.Settings.of(tunables, ksmd.tick_seconds())
+    price = None
+    if settings.pages_to_scan:
+        price = cost.price(service.load(point), settings, calibration.load().calibration)
+    return Plan(
+        wish=wish,
+        instances=found,
+        service=service,
+        tunables=tunables,
+        memory=memory,
+        curve=curve,
+        fits=fits,
+        stressed=stressed,
+        days=stress.days(service, curve, stressed, memory.budget_bytes),
+        cost=price,
+        warnings=_warnings(service, tunables, wish, fits),
+    )
+
+
+def _of_service(instances: list[Instance], label: str | None) -> list[Instance]:
+    labels = sorted({i.facts.label for i in instances})
+    if label is None and len(labels) > 1:
+        raise Usage(
+            f"the files are of several services: {', '.join(labels)}",
+            f"choose one: `--label {labels[0]}`",
+        )
+    found = [i for i in instances if label is None or i.facts.label == label]
+    if not found:
+        raise Usage(f"no file is of the service {label}", f"they have {', '.join(labels)}")
+    return found
+
+
+def _warnings(
+    service: Service, tunables: Mapping[str, int], wish: Wish, fits: Fits
+) -> list[Caution]:
+    i, facts = service.incidence, service.facts
+    out: list[Caution] = []
+
+    def warn(code: str, message: str) -> None:
+        out.append(Caution(code, message))
+
+    def who(chosen: list[Facts]) -> str:
+        return f"{len(chosen)} of {len(facts)} instances" if len(facts) > 1 else "the instance"
+
+    if i.k == 1:
+        warn(
+            "one-instance",
+            "one instance does not tell what another has in common with it: only what is certain "
+            "is counted as merged, and the range goes to instances all alike; save three",
+        )
+    elif i.k < INSTANCES_LEAST:
+        warn(
+            "two-instances",
+            "two instances can't tell what all share from what some share: the upper bound is "
+            "the worst case; save a third",
+        )
+    if i.classes_suspected:
+        few, many = round(i.private.min()), round(i.private.max())
+        warn(
+            "classes",
+            f"the instances look like several kinds: they have {few:,} to {many:,} frames of "
+            "their own. Kinds share within themselves only (one more character in an argument is "
+            "enough), so the upper bound is the worst case; save more instances, or each kind "
+            "under a label of its own",
+        )
+    for code, chosen, words in (
+        ("one-look", [f for f in facts if f.looks < 2],
+         "was looked at once: pages that change count as lasting; leave out `--passes 1`"),
+        ("drifting", [f for f in facts if f.drifting],
+         "was still changing its nature: the figures are of a moment"),
+        ("extrapolated", [f for f in facts if f.extrapolated],
+         "was watched for less than ksmd's steady state takes: fewer pages may last"),
+        ("frames-hidden", [f for f in facts if not f.frames_known],
+         "was scanned without root: frames that fork shares count for each process"),
+        ("partial", [f for f in facts if not f.complete], "was scanned in part"),
+        ("swap", [f for f in facts if f.swap_bytes],
+         "had memory swapped out, which is not counted"),
+    ):  # fmt: skip
+        if chosen:
+            warn(code, f"{who(chosen)} {words}")
+    if all(f.randomized == "none" for f in facts) and i.certain:
+        warn(
+            "fixed-addresses",
+            "addresses are not random, so instances share whole layouts, and there may be several "
+            "(a file more in a program's folder is enough): up to "
+            f"{100 * i.class_share:.0f} % of all may have one that was not seen. Save more "
+            "instances, started at different times",
+        )
+    if len({f.randomized for f in facts}) > 1:
+        warn("randomized", "some instances have random addresses and others not: they share less")
+    for name in ("max_page_sharing", "use_zero_pages"):
+        values = {f.tunables.get(name, DEFAULTS[name]) for f in facts}
+        if len(values) > 1 and name not in wish.assumed:
+            warn("tunables", f"{name} was not the same for all; {tunables[name]} is taken")
+    if not tunables["merge_across_nodes"]:
+        warn("nodes", "merge_across_nodes is off: on several NUMA nodes less merges than this")
+    if fits.with_ksm >= host.INSTANCES_MOST:
+        warn("limit", f"more than {host.INSTANCES_MOST:,} fit: the plan ends there")
+    return out

@@ -1,0 +1,82 @@
+"""How many instances fit a host's memory."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from dedup.estimate import stress
+from dedup.estimate.curve import LEAST
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dedup.estimate.curve import Point, Service
+
+INSTANCES_MOST: Final = 10_000
+"""A plan goes no further."""
+UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """A host's memory, and what of it the instances may take."""
+
+    ram_bytes: int
+    reserve_bytes: int = 0
+    """For whatever else runs there."""
+    headroom: float = 0.0
+    """Share of the rest that is to stay free."""
+
+    @property
+    def budget_bytes(self) -> int:
+        """What the instances may take."""
+        return max(0, int((self.ram_bytes - self.reserve_bytes) * (1 - self.headroom)))
+
+
+@dataclass(frozen=True, slots=True)
+class Fits:
+    """Instances that fit; `low` and `high` by the interval, `safe` on a bad day, too."""
+
+    without_ksm: int
+    with_ksm: int
+    low: int
+    high: int
+    safe: int
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `64G`, `512 MiB`, `1.5T` or a plain number; units are powers of 1024.
+
+    Raises
+    ------
+    ValueError
+    """
+    found = re.fullmatch(
+        r"\s*([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE
+    )
+    if not found:
+        raise ValueError(f"{text!r} is no size such as 64G or 512M")
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def fit(service: Service, memory: Memory, least: int = LEAST) -> tuple[list[Point], Fits]:
+    """How many fit, and the curve that far, or to `least` instances at the least."""
+    budget, most = memory.budget_bytes, max(LEAST, least)
+    points = service.curve(most)
+    while points[-1].low_bytes <= budget and most < INSTANCES_MOST:
+        most = min(2 * most, INSTANCES_MOST)
+        points = service.curve(most)
+
+    def largest(need: Callable[[Point], int]) -> int:
+        return next((p.instances - 1 for p in points if need(p) > budget), most)
+
+    found = Fits(
+        without_ksm=largest(lambda p: p.without_ksm_bytes),
+        with_ksm=largest(lambda p: p.bytes),
+        low=largest(lambda p: p.high_bytes),
+        high=largest(lambda p: p.low_bytes),
+        safe=largest(lambda p: stress.worst_bytes(service, p)),
+    )
+    return points[: max(LEAST, least, found.with_ksm)], found
