@@ -186,6 +186,8 @@ class Marks:
             try:
                 same_process(handle, chosen)
                 before = maps.read(handle)
+                if self._whole_already(handle):
+                    return
             except DedupError as e:
                 self.failed.append(Failed(chosen.id, chosen.name, e))
                 return
@@ -240,6 +242,13 @@ class Marks:
             suspend_seccomp=self.suspend_seccomp,
             tidy=False,
         )
+
+    def _whole_already(self, handle: Handle) -> bool:
+        """Whether it is mergeable as a whole, where this kernel does not show that to a plan."""
+        counters = ksm.process_counters(handle)
+        if counters is None or counters.ksm_merge_any is not None:
+            return False
+        return inject.merges_any(handle, suspend_seccomp=self.suspend_seccomp)
 
     def _inject(self, handle: Handle, ranges: list[tuple[int, int]] | None) -> list[Stop]:
         if ranges is None:

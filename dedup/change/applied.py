@@ -5,7 +5,6 @@ One JSON object a line. It lasts until it is undone, or the next boot, which end
 
 from __future__ import annotations
 
-import contextlib
 import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -184,12 +183,3 @@ def _take(found: dict[str, Application], fields: dict[str, Any]) -> None:
 
 def _ranges(pairs: Sequence[Sequence[int]]) -> Ranges:
     return tuple((int(start), int(end)) for start, end in pairs)
-
-
-def interrupted(state: Path = STATE) -> int:
-    """Processes left mergeable by an application that did not come to its end; 0 where hidden."""
-    from dedup.errors import NotPermitted
-
-    with contextlib.suppress(NotPermitted, OutputFailed):
-        return sum(len(a.marks) for a in Applied(state).applications() if not a.finished)
-    return 0

@@ -86,9 +86,11 @@ def test_merge_any_marks_all_memory_and_unmarks_it(target: Target) -> None:
         stops = inject.merge_any(handle, True)
         assert all(s.self_healing for s in stops)
         assert "ksm_merge_any: yes" in Path(f"/proc/{pid}/ksm_stat").read_text()
+        assert inject.merges_any(handle)
         assert any("mg" in m.vm_flags and m.name == "[heap]" for m in maps.read(handle))
         inject.merge_any(handle, False)
         assert "ksm_merge_any: no" in Path(f"/proc/{pid}/ksm_stat").read_text()
+        assert not inject.merges_any(handle)
         assert not any("mg" in m.vm_flags for m in maps.read(handle))
 
 
