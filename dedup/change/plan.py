@@ -148,19 +148,20 @@ def make(
             ranges = {c.id.pid: wanted[c.id.pid] for c in chosen}
             step("scan ranges")
             scan = _scan([*users, *already, *wanted], scan_plan, {**marked, **wanted})
-    require_mergeable(scan)
+    _require_mergeable(scan, set(users))
     scan.pages.skipped += left_out
     return Plan(scan, chosen, already, ranges, choice, members, left_out)
 
 
-def require_mergeable(scan: Scan) -> None:
-    """Raise when KSM would take nothing of the scanned memory.
+def _require_mergeable(scan: Scan, others: set[int]) -> None:
+    """Raise when KSM would take nothing of the chosen memory.
 
     Raises
     ------
     NotMergeable
     """
-    if any(r.scanned for r in scan.pages.regions):
+    of = scan.pages.processes
+    if any(r.scanned and of[r.process].id.pid not in others for r in scan.pages.regions):
         return
     if scan.scope == "advised":
         raise NotMergeable(

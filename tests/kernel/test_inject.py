@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.root
 
 PAGE = mmap.PAGESIZE
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "inject.py"
+REPOSITORY = Path(__file__).parents[2]
 
 
 def ask(pid: int, times: int = 1, **options: float) -> list[inject.Stop]:
@@ -146,8 +146,9 @@ def test_two_thousand_injections() -> None:
 @pytest.mark.skipif(shutil.which("redis-server") is None, reason="redis-server is not installed")
 def test_redis_servers_serve_on() -> None:
     done = subprocess.run(
-        [sys.executable, BENCHMARK, "--times", "5"], capture_output=True, text=True, timeout=120
-    )
+        [sys.executable, "-m", "benchmarks.inject", "--times", "5"],
+        capture_output=True, text=True, timeout=120, cwd=REPOSITORY,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
 
 
