@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -273,14 +273,27 @@ class Groups:
     considered: int
     census: Census
 
-    def batches(self, pages: int) -> Iterator[tuple[int, int]]:
+    def batches(self, pages: int, without: Sequence[int] = ()) -> Iterator[tuple[int, int]]:
         """Groups [first, last), so many at a time that they have `pages` pages at the most.
 
         A larger one comes alone.
+
+        Parameters
+        ----------
+        pages : int
+        without : sequence of int
+            Groups, ascending, that are left out.
         """
         offsets, group = self.offsets, 0
-        while group < len(offsets) - 1:
-            end = int(np.searchsorted(offsets, offsets[group] + pages, "right")) - 1
-            end = max(group + 1, end)
-            yield group, end
-            group = end
+        for stop in (*without, len(offsets) - 1):
+            while group < stop:
+                end = int(np.searchsorted(offsets, offsets[group] + pages, "right")) - 1
+                end = min(max(group + 1, end), stop)
+                yield group, end
+                group = end
+            group = stop + 1
+
+    def all_zero(self, frames: U64) -> list[int]:
+        """Groups of all-zero pages, ascending: one, or one for each node that merges apart."""
+        first = frames[self.order[self.offsets[:-1]]]
+        return np.flatnonzero(first & Flag.ZERO).tolist()

@@ -685,11 +685,11 @@ def pair_in_huge_page(pages: Pages, groups: Groups) -> bool:
     both = Flag.THP | Flag.DUPLICATE
     if not groups.census.of(both | Flag.ZERO | Flag.HIDDEN, both):
         return False
-    for first, last in groups.batches(CHUNK_PAGES):
+    for first, last in groups.batches(CHUNK_PAGES, groups.all_zero(pages.frames)):
         offsets = groups.offsets[first : last + 1]
         word = pages.frames[groups.order[offsets[0] : offsets[-1]]]
         starts = offsets[:-1] - offsets[0]
-        inside = (word & (Flag.THP | Flag.ZERO | Flag.HIDDEN)) == Flag.THP
+        inside = (word & (Flag.THP | Flag.HIDDEN)) == Flag.THP
         folio = np.where(inside, (word & FRAME_MASK) // np.uint64(pages.huge_pages), _NOWHERE)
         low, high = np.minimum.reduceat(folio, starts), np.maximum.reduceat(folio, starts)
         if ((low == high) & (high != _NOWHERE)).any():

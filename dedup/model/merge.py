@@ -270,7 +270,7 @@ class _Model:
         self._all_singles()
         contents = self._all_but_simple()
         zeros = self._zeros()
-        self.cut = bool((zeros.thp & ((zeros.word & Flag.LOCKED) == 0)).any())
+        self.cut |= bool((zeros.thp & ((zeros.word & Flag.LOCKED) == 0)).any())
         if zeros.thp.any():
             self._find_locked()
         if self.linked:
@@ -296,11 +296,13 @@ class _Model:
         known = mask | NOT_SIMPLE | Flag.THP | Flag.EXCLUSIVE
         simple = self.census.of(known, Flag.ZERO | Flag.EXCLUSIVE) == n
         one = len(self.pages.processes) == 1 and self.nodes is None and self.blind == 1
-        if n and one and simple and not (self.rules.use_zero_pages or self.pinned):
-            self._plain_zero(n)
-            n = 0
+        plain = one and not (self.rules.use_zero_pages or self.pinned)
         index = np.empty(0, np.int64)
-        if n:
+        if n and plain and simple:
+            self._plain_zero(n)
+        elif n and plain and self._huge_and_exclusive(n):
+            index = self._but_in_company(mask)
+        elif n:
             chunks = range(0, len(frames), CHUNK_PAGES)
             parts = [
                 np.flatnonzero((frames[a : a + CHUNK_PAGES] & mask) == Flag.ZERO) for a in chunks
@@ -313,6 +315,44 @@ class _Model:
             groups = len(names)
         return self._copies(index, group, groups)
 
+    def _huge_and_exclusive(self, n: int) -> bool:
+        """Whether all `n` all-zero pages have frames of their own, and no huge page is locked."""
+        mask = NOT_STABLE | NOT_SIMPLE | Flag.EXCLUSIVE
+        locked = ABSENT | Flag.THP | Flag.LOCKED
+        return (
+            not self.linked
+            and self.census.of(mask, Flag.ZERO | Flag.EXCLUSIVE) == n
+            and not self.census.of(locked, Flag.THP | Flag.LOCKED)
+        )
+
+    def _but_in_company(self, mask: np.uint64) -> I64:
+        """Add up the all-zero pages of huge pages that have several; gives the other ones.
+
+        Such a huge page splits, whatever else there is (see `_vanish`).
+        """
+        frames, huge = self.pages.frames, Flag.THP
+        count, last = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        for low in range(0, len(frames), CHUNK_PAGES):
+            word = frames[low : low + CHUNK_PAGES]
+            index = np.flatnonzero((word & (mask | huge)) == (Flag.ZERO | huge))
+            folio = (word[index] & FRAME_MASK).astype(np.int64) // self.pages.huge_pages
+            more = np.bincount(folio, minlength=len(count))
+            more[: len(count)] += count
+            count, last = more, np.append(last, np.zeros(len(more) - len(last), np.int64))
+            last[folio] = index + low
+        several = count > 1
+        n = int(count[several].sum())
+        self.cut |= n > 0
+        self.split.update(np.flatnonzero(several).tolist())
+        self.gone.add(n)
+        self.gone_by_process += n
+        self.freed.add(n)
+        self.zero_saved += n
+        small: I64 = np.empty(0, np.int64)
+        if self.census.of(mask | huge, Flag.ZERO):
+            small = np.flatnonzero((frames & (mask | huge)) == Flag.ZERO)
+        return np.sort(np.concatenate((small, last[count == 1])))
+
     def _all_but_simple(self) -> _Copies:
         """Add up the contents of exclusive pages; give the others, all-zero ones left out.
 
@@ -321,20 +361,18 @@ class _Model:
         """
         parts = [
             self._but_simple(self.groups.order[low:high], self.groups.offsets[a : b + 1] - low)
-            for a, b in self.groups.batches(CHUNK_PAGES)
+            for a, b in self.groups.batches(CHUNK_PAGES, self.groups.all_zero(self.pages.frames))
             for low, high in (self.groups.offsets[[a, b]].tolist(),)
         ]
         if not parts:
-            return self._copies(self.groups.order, self.groups.order, 0)
+            none = np.empty(0, np.int64)
+            return self._copies(none, none, 0)
         index, sizes = (np.concatenate(p) for p in zip(*parts, strict=True))
         return self._copies(index, np.repeat(np.arange(len(sizes)), sizes), len(sizes))
 
     def _but_simple(self, index: I64, offsets: I64) -> tuple[I64, I64]:
         """The same of some contents; gives the pages of the others, and how many each has."""
         sizes, starts = np.diff(offsets), offsets[:-1]
-        if len(sizes) == 1 and self.pages.frames[index[0]] & Flag.ZERO:
-            # All of them are: `_zeros` sees to those.
-            return index[:0], sizes[:0]
         word = self.pages.frames[index]
         some, every = np.bitwise_or.reduceat(word, starts), np.bitwise_and.reduceat(word, starts)
         simple = ((every & Flag.EXCLUSIVE) != 0) & ((some & NOT_SIMPLE) == 0)
@@ -353,7 +391,7 @@ class _Model:
             inside = word[np.repeat(simple & huge, sizes)]
             inside = inside[(inside & Flag.THP) != 0] & FRAME_MASK
             self.split.update(_values(inside.astype(np.int64) // self.pages.huge_pages))
-        rest = ~simple & ((every & Flag.ZERO) == 0)
+        rest = ~simple
         return index[np.repeat(rest, sizes)], sizes[rest]
 
     # -- arrays --------------------------------------------------------------------------------

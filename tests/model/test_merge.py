@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dedup.model.merge import PROCESS_FIELDS, Prediction, Rules
+from dedup.model.merge import PROCESS_FIELDS, Prediction, Rules, _Model
 from tests.model.layouts import UNIQUE, Layout, layouts, prediction
 from tests.model.simulator import ZERO
 from tests.model.twin import FIELDS
@@ -90,6 +90,19 @@ def test_all_zero_pages_in_huge_pages_are_exact_below_the_limit(
     truth = layout.truth(256, use_zero_pages=use_zero_pages)
     rules = Rules(256, use_zero_pages, order_known=True)
     check(truth, prediction(layout, rules, seed=1), exact=True)
+
+
+@COMMON
+@given(layouts(fork=False, ksm=False), LIMITS)
+def test_all_zero_pages_of_huge_pages_add_up_to_the_same_at_once(
+    layout: Layout, limit: int
+) -> None:
+    one = Layout([layout.processes[0]], [layout.zero_pages[0]])
+    at_once = prediction(one, Rules(limit))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Model, "_huge_and_exclusive", lambda *_: False)
+        one_by_one = prediction(one, Rules(limit))
+    assert at_once == one_by_one
 
 
 @COMMON
