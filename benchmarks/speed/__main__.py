@@ -9,9 +9,12 @@ one pass with all that a real one does (see scans.py), its peers are
   and of memory that ksmd has merged;
 * own: a read-only sum over our own memory, and memcpy;
 * python: plain loops with xxhash and sha1 (1 MiB reads, page by page, a Counter), and `dd bs=1M`,
-  on one core.
+  on one core;
+* many: 2,000 small processes, 65,530 mappings in one process, three pages in 16 TiB;
+* start: `dedup --version` and `--help`, beside a Python that does nothing.
 
-``--memory`` measures the peak of the scan's own memory instead.
+``--sizes`` measures the time against the size, ``--memory`` the peak of the scan's own memory,
+instead. Run it as root, on a quiet machine; what is shared needs ksmd to itself.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import numpy as np
 import xxhash
 
-from benchmarks.speed import limits, peak
+from benchmarks.speed import growth, limits, many, peak
 from benchmarks.speed.scans import one_pass
 from benchmarks.speed.target import HUGE
 from dedup.kernel import memory
@@ -38,7 +41,7 @@ from dedup.kernel import memory
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-PARTS: Final = ("exclusive", "shared", "own", "python")
+PARTS: Final = ("exclusive", "shared", "own", "python", "many", "start")
 
 
 def machine() -> dict[str, Any]:
@@ -84,6 +87,33 @@ def ratios(
     return rows
 
 
+def cases(parts: Sequence[str], rounds: int) -> list[many.Case]:
+    """All cases of the chosen parts, printed as they come."""
+    found: list[many.Case] = []
+    if "many" in parts:
+        for case in (many.sparse, many.mappings, many.processes):
+            found.append(case(rounds))
+            print(found[-1].line(), flush=True)
+    if "start" in parts:
+        for one in many.start_up(rounds):
+            print(one.line(), flush=True)
+            found.append(one)
+    return found
+
+
+def against_size(
+    largest: int, kinds: Sequence[str], threads: int, rounds: int, drawing: Path | None
+) -> list[growth.Line]:
+    """The time against the size, said and drawn."""
+    lines = []
+    for kind in kinds:
+        lines.append(growth.measure(kind, threads, growth.sizes(largest), rounds))
+        print(lines[-1].words(), flush=True)
+    if drawing:
+        drawing.write_text(growth.plot(lines))
+    return lines
+
+
 def _words(allowed: Sequence[str]) -> Any:
     def parse(text: str) -> list[str]:
         words = text.split(",")
@@ -105,6 +135,11 @@ def main() -> None:
     parser.add_argument("--threads", default=f"1,{cores}", help="of the scan and of its peers")
     parser.add_argument("--only", type=_words(PARTS), default=list(PARTS), metavar=",".join(PARTS))
     parser.add_argument("--pages", type=_words(("small", "huge")), default=["small", "huge"])
+    parser.add_argument(
+        "--sizes", type=float, nargs="?", const=0.0, metavar="GIB",
+        help="the time against the size, from 64 MiB to so much, or as much as fits",
+    )  # fmt: skip
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="of --sizes")
     parser.add_argument("--memory", action="store_true", help="the peak, not the speed")
     parser.add_argument("--peak-of", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -123,13 +158,19 @@ def main() -> None:
             for row in peak.measure(size, kind, threads[-1]):
                 print(peak.line(row), flush=True)
                 found["memory"].append(row)
+    elif args.sizes is not None:
+        largest = int(args.sizes * 2**30)
+        one_pass([os.getpid()])
+        lines = against_size(largest, args.pages, threads[-1], args.rounds, args.plot)
+        found["sizes"] = [line.row() for line in lines]
     else:
         one_pass([os.getpid()])  # imports, hash and probes are there then
         rows = ratios(args.only, size, args.pages, threads, args.rounds)
         found["ratios"] = [r.row() for r in rows]
-        asked = [r for r in rows if r.holds is not None]
-        if asked:
-            print(f"{sum(bool(r.holds) for r in asked)} of {len(asked)} ratios hold")
+        some = cases(args.only, args.rounds)
+        found["cases"] = [c.row() for c in some]
+        held = [r.holds for r in rows if r.holds is not None] + [c.holds for c in some]
+        print(f"{sum(held)} of {len(held)} hold")
     if args.json:
         args.json.write_text(json.dumps(found, indent=2) + "\n")
 
