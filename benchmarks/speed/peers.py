@@ -1,0 +1,113 @@
+"""What the scan is held against: the machine's limits in C, `dd`, and plain Python loops."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import mmap
+import os
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import xxhash
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PAGE: Final = mmap.PAGESIZE
+PYTHON_READ: Final = 1 << 20
+WHAT: Final = {"readv": 0, "mem": 1, "sum": 2, "memcpy": 3}
+FLAGS: Final = ("-O3", "-march=native", "-shared", "-fPIC", "-pthread")
+
+
+@cache
+def _compiled() -> Callable[..., float]:
+    """The peers of peers.c, built for this machine's own vector units."""
+    source = Path(__file__).with_name("peers.c")
+    with tempfile.TemporaryDirectory() as folder:
+        built = Path(folder) / "peers.so"
+        subprocess.run(["cc", *FLAGS, "-o", built, source], check=True)
+        # Loaded, it needs its file no more.
+        function = ctypes.CDLL(str(built)).peer
+    function.restype = ctypes.c_double
+    function.argtypes = [
+        ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int,
+        ctypes.c_void_p, ctypes.c_uint64,
+    ]  # fmt: skip
+    return function
+
+
+def _peer(
+    what: str, start: int, size: int, threads: int, *, pid: int = 0, fd: int = -1, to: int = 0,
+    to_size: int = 0,
+) -> float:  # fmt: skip
+    seconds = float(_compiled()(WHAT[what], pid, fd, start, size, threads, to, to_size))
+    if seconds < 0:
+        raise OSError(-int(seconds), f"{what}: {os.strerror(-int(seconds))}")
+    return seconds
+
+
+def readv(pid: int, start: int, size: int, threads: int) -> float:
+    """`process_vm_readv` alone, 2 MiB at a time into a buffer that stays in the cache; seconds."""
+    return _peer("readv", start, size, threads, pid=pid)
+
+
+def proc_mem(pid: int, start: int, size: int, threads: int) -> float:
+    """Reading /proc/PID/mem alone, in the same way; seconds."""
+    fd = os.open(f"/proc/{pid}/mem", os.O_RDONLY)
+    try:
+        return _peer("mem", start, size, threads, fd=fd)
+    finally:
+        os.close(fd)
+
+
+def read_only_sum(start: int, size: int, threads: int) -> float:
+    """Sum of all words of our own memory; seconds."""
+    result = ctypes.c_uint64()
+    return _peer("sum", start, size, threads, to=ctypes.addressof(result), to_size=8)
+
+
+def memcpy(start: int, size: int, threads: int, to: int, to_size: int) -> float:
+    """Copy our own memory to another place in it, larger than the caches; seconds."""
+    return _peer("memcpy", start, size, threads, to=to, to_size=to_size)
+
+
+def dd(pid: int, start: int, size: int) -> float:
+    """`dd bs=1M` of /proc/PID/mem to /dev/null; seconds."""
+    begin = time.perf_counter()
+    subprocess.run(
+        [
+            "dd", f"if=/proc/{pid}/mem", "of=/dev/null", "bs=1M", f"skip={start >> 20}",
+            f"count={size >> 20}", "status=none",
+        ],
+        check=True,
+    )  # fmt: skip
+    return time.perf_counter() - begin
+
+
+def plain_python(pid: int, start: int, size: int) -> float:
+    """The best plain loop: 1 MiB reads of /proc/PID/mem, xxhash, a Counter; seconds."""
+    return _python(pid, start, size, xxhash.xxh3_64_intdigest)
+
+
+def sha1(pid: int, start: int, size: int) -> float:
+    """The same loop with sha1; seconds."""
+    return _python(pid, start, size, lambda page: hashlib.sha1(page).digest())
+
+
+def _python(pid: int, start: int, size: int, digest: Callable[[memoryview], object]) -> float:
+    begin = time.perf_counter()
+    seen: Counter[object] = Counter()
+    # One buffer for all reads, one view a page: nothing is allocated but the digests.
+    buffer = bytearray(PYTHON_READ)
+    pages = [memoryview(buffer)[i : i + PAGE] for i in range(0, PYTHON_READ, PAGE)]
+    with open(f"/proc/{pid}/mem", "rb", buffering=0) as file:
+        for at in range(start, start + size, PYTHON_READ):
+            got = os.preadv(file.fileno(), [buffer], at)
+            seen.update(map(digest, pages[: got // PAGE]))
+    return time.perf_counter() - begin

@@ -1,0 +1,56 @@
+"""The contender: one pass of the real scan, with all that it does."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dedup import scanning
+from dedup.scanning import Plan
+from dedup.sources.live import LiveSource, Options, Span
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dedup.pages import Pages
+
+
+class Timed(LiveSource):
+    """A source that says how long its look took."""
+
+    look_seconds = 0.0
+
+    def first_look(self) -> Pages:
+        """Look, with a watch."""
+        begin = time.perf_counter()
+        pages = super().first_look()
+        self.look_seconds = time.perf_counter() - begin
+        return pages
+
+
+@dataclass(frozen=True, slots=True)
+class Took:
+    """One pass: seconds, those of the look alone, and what it looked at."""
+
+    seconds: float
+    look_seconds: float
+    pages: int
+    threads: int
+
+
+def one_pass(pids: Sequence[int], threads: int = 0, span: Span | None = None) -> Took:
+    """One pass over processes, or over a piece of our own memory in place.
+
+    The same way as `dedup scan --passes 1` and `dedup.scan` go: smaps, pagemap for frames and the
+    exclusive bit, the harmless reader where it is needed, the seed, grouping, the model, what
+    smart scan changes, ksmd's load and its price.
+    """
+    source = Timed(
+        [os.getpid()] if span else pids, Options(threads=threads), spans=[span] if span else ()
+    )
+    begin = time.perf_counter()
+    scan = scanning._run(source, Plan(source.options, passes=1))
+    seconds = time.perf_counter() - begin
+    return Took(seconds, source.look_seconds, scan.scanned_pages, scan.tally.threads)
