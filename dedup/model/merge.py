@@ -36,6 +36,9 @@ NOT_STABLE: Final = UNSTABLE | ABSENT
 CHUNK_PAGES: Final = 1 << 18
 """Pages of contents added up in one go: what is needed a page lives no longer."""
 
+_INT64_BITS: Final = 63
+"""Of a number above 0."""
+
 LINKED_MOST: Final = 1 << 18
 """Mappings that are scanned one by one at the most, where that makes ranges one number: 1 s."""
 
@@ -515,19 +518,22 @@ class _Model:
         ksm = np.bincount(c.group, c.ksm, c.groups).astype(np.int64)
         d = distinct(c.group, c.frame, c.groups, c.alone)
         old = distinct(c.group[c.ksm], c.frame[c.ksm], c.groups)
+        on = (c.word & Flag.OUTSIDE) != 0
+        out = distinct(c.group[on], c.frame[on], c.groups)
         unclear = np.bincount(c.group, c.maybe_shared | c.maybe_ksm, c.groups) > 0
         if self.blind > 1:
             unclear[:] = True
-        outside = np.bincount(c.group, (c.word & Flag.OUTSIDE) != 0, c.groups) > 0
+        outside = out > 0
         huge = np.bincount(c.group, c.thp, c.groups) > 0
         there = n > 0
         simple = (d == n) | (n <= self.limit)
-        plain = there & (ksm == 0) & ~unclear & ((simple & ~outside) | (d == 1))
+        nodes, left = closed_form(n, self.limit)
+        known = there & (ksm == 0) & ~unclear
+        plain = known & ((simple & (~outside | (left == 0))) | (d == 1))
         one_frame = plain & (d == 1) & (n > 1)
         # One frame alone, shared by fork: one mapping in the unstable tree, the rest in neither.
         self.unshared.add(int(np.count_nonzero(one_frame)))
         self.volatile.add(int((n[one_frame] - 1).sum()))
-        nodes, left = closed_form(n, self.limit)
         many = plain & (d >= 2) & ~(huge & (left > 0))
         nodes, left = np.where(many, nodes, 0), np.where(many, left, 0)
         # Where KSM pages have room for all that is new, or nothing is new.
@@ -537,7 +543,10 @@ class _Model:
         merged = many | joins
         self._add_nodes(nodes, n, left, merged)
         freed = np.where(merged, d - nodes - left, 0)
-        self.freed.add(int(freed.sum()))
+        # A frame that is mapped outside the scan too stays there, unless it is the node's.
+        most = np.maximum(0, freed - np.maximum(0, out - nodes))
+        freed = np.maximum(0, freed - out)
+        self.freed.add(int(freed.sum()), int(most.sum()))
         self._add_merging(c, merged, left)
         self._add_breakdown(c, merged, freed)
         split = c.take(c.thp & merged[c.group])
@@ -569,12 +578,9 @@ class _Model:
 
     def _room(self, c: _Copies) -> I64:
         """For each content, how many mappings its KSM pages take by merging."""
-        on = c.ksm
-        if not on.any():
-            return np.zeros(c.groups, np.int64)
-        pairs, length = np.unique(np.stack((c.group[on], c.frame[on])), axis=1, return_counts=True)
+        of, length = _mappings(c.group[c.ksm], c.frame[c.ksm])
         free = np.maximum(0, self.limit - length)
-        return np.bincount(pairs[0], free, c.groups).astype(np.int64)
+        return np.bincount(of, free, c.groups).astype(np.int64)
 
     def _add_nodes(self, nodes: I64, n: I64, left: I64, mask: Bool) -> None:
         self.shared.add(int(nodes[mask].sum()))
@@ -1197,13 +1203,27 @@ def distinct(group: I64, frame: I64, groups: int, alone: Bool | None = None) -> 
         rest = ~alone
         others = distinct(group[rest], frame[rest], groups)
         return np.asarray(others + np.bincount(group[alone], minlength=groups))
+    return np.bincount(_mappings(group, frame)[0], minlength=groups)
+
+
+def _mappings(group: I64, frame: I64) -> tuple[I64, I64]:
+    """Each frame of each group once: its group, ascending, and how many mappings it has."""
     if not len(group):
-        return np.zeros(groups, np.int64)
-    order = np.lexsort((frame, group))
-    g, f = group[order], frame[order]
-    fresh = np.ones(len(g), bool)
-    fresh[1:] = (g[1:] != g[:-1]) | (f[1:] != f[:-1])
-    return np.bincount(g[fresh], minlength=groups)
+        return group, group
+    least = int(frame.min())
+    bits = (int(frame.max()) - least).bit_length()
+    if int(group.max()).bit_length() + bits < _INT64_BITS:
+        # One number for both, as numbers are sorted many times as fast as pairs.
+        pair = (group << bits) | (frame - least)
+        pair.sort()
+        at = np.flatnonzero(_starts(pair))
+        of = pair[at] >> bits
+    else:
+        order = np.lexsort((frame, group))
+        g, f = group[order], frame[order]
+        at = np.flatnonzero(_starts(g) | _starts(f))
+        of = g[at]
+    return of, np.diff(np.append(at, len(group)))
 
 
 def savings_alone(pages: Pages, groups: Groups, labels: Sequence[int]) -> I64:
