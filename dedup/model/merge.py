@@ -497,17 +497,40 @@ class _Model:
         joins = there & (ksm > 0) & ~unclear & ~outside & ((new == 0) | (new <= self._room(c)))
         nodes = np.where(joins, old, nodes)
         merged = many | joins
-        self._add_nodes(nodes, n, left, merged)
         freed = np.where(merged, d - nodes - left, 0)
         self.freed.add(int(freed.sum()))
-        self._add_merging(c, merged, left)
         self._add_breakdown(c, merged, freed)
+        beside = there & (ksm == 0) & ~unclear & simple & outside & (d >= 2)
+        whole, lone = closed_form(n, self.limit)
+        beside &= lone == 0
+        nodes = np.where(beside, whole, nodes)
+        self._add_freed_beside(c, beside, d - nodes, nodes)
+        merged |= beside
+        self._add_nodes(nodes, n, left, merged)
+        self._add_merging(c, merged, left)
         split = c.take(c.thp & merged[c.group])
         self.split.update(_values(self._folio_of(split)))
         unknown = self._unknown_forks(c, n, there & ~(huge | outside))
         for g in np.flatnonzero(there & ~one_frame & ~merged & ~unknown).tolist():
             lo, hi = np.searchsorted(c.group, [g, g + 1])
             self._special(c.take(slice(int(lo), int(hi))))
+
+    def _add_freed_beside(self, c: _Copies, beside: Bool, freed: I64, nodes: I64) -> None:
+        """Frames freed of contents that are mapped outside the scan too, as `_add_fate` has it.
+
+        Such a frame stays there, unless it is a node's.
+        """
+        if not beside.any():
+            return
+        out = (c.word & Flag.OUTSIDE) != 0
+        outside = distinct(c.group[out], c.frame[out], c.groups)
+        low = np.maximum(0, freed - outside)[beside]
+        high = np.maximum(low, (freed - np.maximum(0, outside - nodes))[beside])
+        self.freed.add(int(low.sum()), int(high.sum()))
+        first = c.process[np.searchsorted(c.group, c.group)]
+        across = np.bincount(c.group, c.process != first, c.groups)[beside] > 0
+        self.within_saved += int(low[~across].sum())
+        self.across_saved += int(low[across].sum())
 
     def _unknown_forks(self, c: _Copies, n: I64, among: Bool) -> Bool:
         """Add up contents of which nothing is known but one hidden, shared mapping a process.
@@ -534,9 +557,11 @@ class _Model:
         on = c.ksm
         if not on.any():
             return np.zeros(c.groups, np.int64)
-        pairs, length = np.unique(np.stack((c.group[on], c.frame[on])), axis=1, return_counts=True)
-        free = np.maximum(0, self.limit - length)
-        return np.bincount(pairs[0], free, c.groups).astype(np.int64)
+        order = np.lexsort((c.frame[on], c.group[on]))
+        group, frame = c.group[on][order], c.frame[on][order]
+        node = np.flatnonzero(_starts(group) | _starts(frame))
+        free = np.maximum(0, self.limit - np.diff(node, append=len(group)))
+        return np.bincount(group[node], free, c.groups).astype(np.int64)
 
     def _add_nodes(self, nodes: I64, n: I64, left: I64, mask: Bool) -> None:
         self.shared.add(int(nodes[mask].sum()))
