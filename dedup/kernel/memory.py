@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
@@ -85,6 +85,23 @@ def fast_path() -> str:
     return ""
 
 
+class Ranges(NamedTuple):
+    """Address ranges to look at, ascending, apart from each other."""
+
+    start: U64
+    end: U64
+    flags: I64
+    """`_core.RANGE_*`."""
+    region: I64
+    """Index of the region that each belongs to."""
+
+    @classmethod
+    def of(cls, some: Sequence[tuple[int, int, int, int]]) -> Ranges:
+        """Ranges from start, end, flags and region of each."""
+        start, end, flags, region = np.array(some, np.int64).reshape(-1, 4).T.copy()
+        return cls(start.astype(np.uint64), end.astype(np.uint64), flags, region)
+
+
 @dataclass(slots=True)
 class Target:
     """A process to read, or our own memory, and the address ranges wanted."""
@@ -94,11 +111,7 @@ class Target:
     """process_vm_readv allowed over exclusive pages."""
     in_place: bool = False
     """Our own memory, hashed where it lies."""
-    starts: list[int] = field(default_factory=list)
-    ends: list[int] = field(default_factory=list)
-    flags: list[int] = field(default_factory=list)
-    regions: list[int] = field(default_factory=list)
-    """Region index of each range."""
+    ranges: Ranges = field(default_factory=lambda: Ranges.of([]))
     files: tuple[int, int] | None = None
     """Descriptors of its mem and pagemap, while it is open."""
 
@@ -222,9 +235,9 @@ def look(
         if sight.kpageflags:
             kpageflags = os.open("/proc/kpageflags", os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(os.close, kpageflags)
-        per_target = [len(t.starts) for t in targets]
+        per_target = [len(t.ranges.start) for t in targets]
         range_target = np.repeat(np.arange(len(targets), dtype=np.int64), per_target)
-        range_region = np.array([r for t in targets for r in t.regions], np.int64)
+        range_region = np.concatenate([t.ranges.region for t in targets])
         job = _core.Job(
             sight.page_size,
             seed,
@@ -239,10 +252,10 @@ def look(
                 ],
                 np.int64,
             ),
-            np.array([a for t in targets for a in t.starts], np.uint64),
-            np.array([a for t in targets for a in t.ends], np.uint64),
+            np.concatenate([t.ranges.start for t in targets]),
+            np.concatenate([t.ranges.end for t in targets]),
             range_target,
-            np.array([f for t in targets for f in t.flags], np.int64),
+            np.concatenate([t.ranges.flags for t in targets]),
             store.hashes,
             store.frames,
             store.used,
@@ -252,10 +265,7 @@ def look(
             sight.every_folio,
             None if prior is None else _prior_arrays(prior, len(targets)),
         )
-        total = (
-            sum(e - s for t in targets for s, e in zip(t.starts, t.ends, strict=True))
-            // sight.page_size
-        )
+        total = sum(int((t.ranges.end - t.ranges.start).sum()) for t in targets) // sight.page_size
         while True:
             _run_threads(job, threads, total, progress)
             store.used = job.used

@@ -20,6 +20,8 @@ REFUSED: Final = {
 }
 """VmFlags that make a mapping ineligible, with the reason in words, the weightiest first."""
 
+_REFUSED: Final = frozenset(REFUSED)
+
 DAX_NAMES: Final = ("/dev/dax",)
 
 
@@ -39,9 +41,8 @@ def why_not(vm_flags: frozenset[str], name: str) -> str:
     """
     if name == "[vsyscall]":
         return "the vsyscall page: no mapping of the process's own"
-    for flag, reason in REFUSED.items():
-        if flag in vm_flags:
-            return reason
+    if not _REFUSED.isdisjoint(vm_flags):
+        return next(reason for flag, reason in REFUSED.items() if flag in vm_flags)
     if name.startswith(DAX_NAMES):
         return "direct access to a device (DAX)"
     return ""

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 
-from dedup import _core
 from dedup.errors import (
     DedupError,
     NoSuchProcess,
@@ -26,7 +25,7 @@ from dedup.kernel import ksm as ksm_interface
 from dedup.kernel import maps, memory, numa, pagemap, processes
 from dedup.model.eligibility import why_not
 from dedup.pages import FRAME_MASK, Flag, Pages, Process, Region, Skipped
-from dedup.sources import stored
+from dedup.sources import ranges, stored
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -327,20 +326,20 @@ class LiveSource:
         fast = fast and handle.pid not in parents and handle.info.reaped_faults == 0
         target = memory.Target(handle, fast, in_place=bool(self.spans))
         process = self._process_index(handle, counters)
-        room = 0
         target.open()
         try:
             assert target.files is not None
-            for m in mappings:
-                for region in self._pieces(process, m):
-                    index = self._region_index(region)
-                    if not region.scanned:
-                        continue
-                    room += self._add_ranges(target, target.files[1], region, m, index)
+            chooser = ranges.Chooser(self.sight)
+            for m, region in self._regions(process, mappings):
+                chooser.add(region, m, self._region_index(region))
+            target.ranges = chooser.ranges(target.files[1])
+        except OSError as e:
+            target.close()
+            raise self._scan_error(e, handle) from e
         except BaseException:
             target.close()
             raise
-        return target, room
+        return target, chooser.pages
 
     def _process_index(self, handle: Handle, counters: ksm_interface.ProcessCounters | None) -> int:
         pages = self.pages
@@ -366,85 +365,41 @@ class LiveSource:
         )
         return self._index[handle.pid]
 
-    def _pieces(self, process: int, m: maps.Mapping) -> Iterable[Region]:
-        """The region of a mapping, or, for spans of our own memory, its parts inside them."""
-        why = why_not(m.vm_flags, m.name)
-        advised = "mg" in m.vm_flags
-        scanned = not why and (advised or self.options.scope == "compatible")
-        whole = Region(
-            process=process,
-            start=m.start,
-            end=m.end,
-            perms=m.perms,
-            name=m.name,
-            vm_flags=m.vm_flags,
-            eligible=not why,
-            why=why,
-            advised=advised,
-            scanned=scanned,
-            anonymous_bytes=m.anonymous_bytes,
-            anon_huge_bytes=m.anon_huge_bytes,
-            swap_bytes=m.swap_bytes,
-            ksm_bytes=m.ksm_bytes or 0,
-            resident_bytes=m.resident_bytes,
-        )
-        if self.spans:
-            ranges = [(span.start, span.start + span.length) for span in self.spans]
-            yield from _inside(whole, ranges)
-            return
+    def _regions(
+        self, process: int, mappings: Iterable[maps.Mapping]
+    ) -> Iterable[tuple[maps.Mapping, Region]]:
+        """The region of each mapping, or, for spans of our own memory, its parts inside them."""
         assert self.pages is not None
         marked = self.options.marked.get(self.pages.processes[process].id.pid)
-        if why or advised or marked is None:
-            yield whole
-            return
-        inside = list(_inside(replace(whole, scanned=True), marked))
-        yield from inside or [replace(whole, scanned=False)]
+        all_compatible = self.options.scope == "compatible"
+        spans = [(span.start, span.start + span.length) for span in self.spans]
+        for m in mappings:
+            why = why_not(m.vm_flags, m.name)
+            advised = "mg" in m.vm_flags
+            scanned = not why and (advised or all_compatible)
+            # By position: for many mappings it counts.
+            whole = Region(
+                process, m.start, m.end, m.perms, m.name, m.vm_flags, not why, why, advised,
+                scanned, m.anonymous_bytes, m.anon_huge_bytes, m.swap_bytes, m.ksm_bytes or 0,
+                m.resident_bytes,
+            )  # fmt: skip
+            if spans:
+                for part in _inside(whole, spans):
+                    yield m, part
+            elif marked is None or why or advised:
+                yield m, whole
+            else:
+                inside = list(_inside(whole._replace(scanned=True), marked))
+                for part in inside or [whole._replace(scanned=False)]:
+                    yield m, part
 
     def _region_index(self, region: Region) -> int:
         pages = self.pages
         assert pages is not None
-        key = (region.process, region.start)
-        if key in self._known_regions:
-            return self._known_regions[key]
-        self._known_regions[key] = len(pages.regions)
-        pages.regions.append(region)
-        return self._known_regions[key]
-
-    def _add_ranges(
-        self, target: memory.Target, fd: int, region: Region, m: maps.Mapping, index: int
-    ) -> int:
-        """Ranges of present pages in a region; gives the pages to expect."""
-        if m.anonymous_bytes == 0:
-            return 0
-        size = m.end - m.start
-        flags = (_core.RANGE_LOCKED if "lo" in m.vm_flags else 0) | (
-            _core.RANGE_KSM if m.ksm_bytes is None or m.ksm_bytes > 0 else 0
-        )
-        # Dense small pages: pagemap alone is the fastest. Sparse or huge memory, or hidden frame
-        # numbers (which leave the shared zero page unknown): ask the kernel for the ranges.
-        sparse = m.anonymous_bytes * 2 < size
-        if self.sight.pagemap_scan and (sparse or m.anon_huge_bytes or not self.sight.frames):
-            try:
-                ranges = pagemap.present_ranges(fd, region.start, region.end)
-            except OSError as e:
-                raise self._scan_error(e, target.handle) from e
-            huge = (ranges[:, 2] & _core.PAGE_IS_HUGE) != 0
-            # Of a huge page mapped as one, each page has the exclusive mark of the first. Where
-            # a relative wrote to that one alone, the others are shared all the same, and would
-            # be unshared by process_vm_readv.
-            huge_flags = flags | _core.RANGE_HUGE | (_core.RANGE_SHARED if m.shared_bytes else 0)
-            target.starts += ranges[:, 0].tolist()
-            target.ends += ranges[:, 1].tolist()
-            target.flags += np.where(huge, huge_flags, flags).tolist()
-            target.regions += [index] * len(ranges)
-            return int((ranges[:, 1] - ranges[:, 0]).sum()) // self.sight.page_size
-        if m.anon_huge_bytes and m.shared_bytes:
-            flags |= _core.RANGE_SHARED
-        target.starts.append(region.start)
-        target.ends.append(region.end)
-        target.flags.append(flags)
-        target.regions.append(index)
-        return min(m.anonymous_bytes, region.end - region.start) // self.sight.page_size
+        index = self._known_regions.setdefault((region.process, region.start), len(pages.regions))
+        if index == len(pages.regions):
+            pages.regions.append(region)
+        return index
 
     def _scan_error(self, e: OSError, handle: Handle) -> DedupError:
         if e.errno in {errno.ESRCH, errno.ENOENT} or not handle.alive():
@@ -486,7 +441,7 @@ def _inside(region: Region, ranges: Iterable[tuple[int, int]]) -> Iterable[Regio
     for first, last in ranges:
         start, end = max(region.start, first), min(region.end, last)
         if start < end:
-            yield replace(region, start=start, end=end)
+            yield region._replace(start=start, end=end)
 
 
 def mark_outside(pages: Pages, groups: Groups, sight: Sight) -> None:

@@ -186,7 +186,7 @@ def _laid_out(
                             here.hole_pages += extent.pages
                         else:
                             data += extent.pages
-                pages.regions.append(replace(region, process=process, scanned=scanned))
+                pages.regions.append(region._replace(process=process, scanned=scanned))
         if here.hole_pages > HOLES_PLAIN + HOLES_TIMES * data:
             raise BadInput(
                 f"{source.path} has {here.hole_pages * pages.page_size} bytes of holes and "

@@ -11,7 +11,7 @@ import xxhash
 
 from dedup import _core
 from dedup.kernel import memory
-from dedup.kernel.memory import Store, Tally, Target, load_hash
+from dedup.kernel.memory import Ranges, Store, Tally, Target, load_hash
 from dedup.kernel.pagemap import sight
 from dedup.kernel.processes import Handle
 
@@ -49,7 +49,7 @@ def look(
     """The hash of each page found, by arrays that hold `room` pages at first."""
     store, tally = Store.of(room), Tally()
     with Handle(os.getpid()) as handle:
-        target = Target(handle, fast, in_place, [region.start], [region.end], [0], [0])
+        target = Target(handle, fast, in_place, Ranges.of([(region.start, region.end, 0, 0)]))
         found = memory.look([target], store, SEED, threads, sight(), tally)
     hashes: dict[int, int] = {}
     for start, count, first in zip(found.start, found.count, found.first, strict=True):
@@ -108,7 +108,7 @@ def test_threads_share_the_work() -> None:
     seen: list[tuple[int, int]] = []
     store = Store.of(20_000)
     with Handle(os.getpid()) as handle:
-        target = Target(handle, True, False, [region.start], [region.end], [0], [0])
+        target = Target(handle, True, False, Ranges.of([(region.start, region.end, 0, 0)]))
         memory.look([target], store, SEED, 2, sight(), Tally(), None, lambda *at: seen.append(at))
     assert store.used == 20_000
     assert all(done <= total == 20_000 for done, total in seen)

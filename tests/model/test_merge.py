@@ -11,7 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dedup.model.merge import PROCESS_FIELDS, Prediction, Rules, _Model
+from dedup import grouping
+from dedup.model.merge import PROCESS_FIELDS, Prediction, Rules, _Model, predict
+from dedup.pages import Flag
 from tests.model.layouts import UNIQUE, Layout, layouts, prediction
 from tests.model.simulator import ZERO
 from tests.model.twin import FIELDS
@@ -223,6 +225,33 @@ def test_random_layouts_on_paper() -> None:
     for number in itertools.islice(numbers(seed), 500):
         result = on_paper(number)
         assert not result.wrong, (number, result.chance, [str(f) for f in result.wrong])
+
+
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize(
+    ("frames", "outside", "freed"), [(2, 0, (1, 1)), (2, 1, (0, 1)), (2, 2, (0, 0)), (5, 2, (2, 3))]
+)
+def test_frames_mapped_outside_the_scan_stay(
+    frames: int, outside: int, freed: tuple[int, int], across: bool
+) -> None:
+    """But one of them may become the node's, which stays anyhow."""
+    layout = Layout()
+    p = q = layout.process()
+    if across:
+        q = layout.process()
+    for i in range(frames):
+        layout.page(q if i else p, 1)
+    layout.page(p, 2)
+    pages = layout.pages()
+    groups = grouping.group(pages)
+    word = pages.frames[groups.order[:outside]]
+    pages.frames[groups.order[:outside]] = (word & ~Flag.EXCLUSIVE) | Flag.OUTSIDE
+    found = predict(pages, groups, Rules())
+    assert (found.pages_shared, found.pages_sharing) == (1, frames - 1)
+    assert found.bounds.get("frames_freed", (found.frames_freed,) * 2) == freed
+    if outside:
+        parts = found.breakdown.within_processes, found.breakdown.across_processes
+        assert parts == ((0, freed[0]) if across else (freed[0], 0))
 
 
 def test_no_pages_at_all() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
 from dedup import grouping
@@ -39,7 +37,7 @@ def region(process: int, start: int, pages: int, name: str = "", **more: object)
         scanned=True,
         anonymous_bytes=pages * PAGE,
     )
-    return replace(plain, **more)  # type: ignore[arg-type]
+    return plain._replace(**more)  # type: ignore[arg-type]
 
 
 def make(

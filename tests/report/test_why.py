@@ -18,7 +18,6 @@ from .scans import PAGE, ZERO, make, region
 from .test_jsonout import checked
 
 if TYPE_CHECKING:
-    from dedup.pages import Region
     from dedup.report.why import Part
 
 
@@ -57,10 +56,7 @@ EXTRA = {
 
 
 def part(name: str, **more: Any) -> tuple[Part, Why]:
-    from dataclasses import replace
-
-    extra: Region = replace(EXTRA[name], **more)
-    why = Why(make([[1]], extra_regions=(extra,)))
+    why = Why(make([[1]], extra_regions=(EXTRA[name]._replace(**more),)))
     return next(p for p in why.whole if p.code != "unique"), why
 
 
