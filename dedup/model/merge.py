@@ -516,8 +516,11 @@ class _Model:
             return
         n = np.bincount(c.group, minlength=c.groups)
         ksm = np.bincount(c.group, c.ksm, c.groups).astype(np.int64)
-        d = distinct(c.group, c.frame, c.groups, c.alone)
-        old = distinct(c.group[c.ksm], c.frame[c.ksm], c.groups)
+        node, length = _mappings(c.group[c.ksm], c.frame[c.ksm])
+        old = np.bincount(node, minlength=c.groups)
+        room = np.bincount(node, np.maximum(0, self.limit - length), c.groups).astype(np.int64)
+        fresh = ~c.ksm
+        d = old + distinct(c.group[fresh], c.frame[fresh], c.groups, c.alone[fresh])
         on = (c.word & Flag.OUTSIDE) != 0
         out = distinct(c.group[on], c.frame[on], c.groups)
         unclear = np.bincount(c.group, c.maybe_shared | c.maybe_ksm, c.groups) > 0
@@ -538,7 +541,7 @@ class _Model:
         nodes, left = np.where(many, nodes, 0), np.where(many, left, 0)
         # Where KSM pages have room for all that is new, or nothing is new.
         new = n - ksm
-        joins = there & (ksm > 0) & ~unclear & ~outside & ((new == 0) | (new <= self._room(c)))
+        joins = there & (ksm > 0) & ~unclear & ~outside & ((new == 0) | (new <= room))
         nodes = np.where(joins, old, nodes)
         merged = many | joins
         self._add_nodes(nodes, n, left, merged)
@@ -575,12 +578,6 @@ class _Model:
         self.freed.add(0, mappings - contents)
         self.merging[:, 1] += self._count(c, unknown[c.group])
         return unknown
-
-    def _room(self, c: _Copies) -> I64:
-        """For each content, how many mappings its KSM pages take by merging."""
-        of, length = _mappings(c.group[c.ksm], c.frame[c.ksm])
-        free = np.maximum(0, self.limit - length)
-        return np.bincount(of, free, c.groups).astype(np.int64)
 
     def _add_nodes(self, nodes: I64, n: I64, left: I64, mask: Bool) -> None:
         self.shared.add(int(nodes[mask].sum()))

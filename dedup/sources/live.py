@@ -455,19 +455,20 @@ def mark_outside(pages: Pages, groups: Groups, sight: Sight) -> None:
     if not groups.census.of(Flag.DUPLICATE | known, Flag.DUPLICATE):
         return
     index = groups.order[(pages.frames[groups.order] & known) == 0]
-    if len(pages.processes) == 1 and sight.pagemap_scan:
+    one = len(pages.processes) == 1
+    if one and sight.pagemap_scan:
         # Its pages have a frame each, KSM pages apart: what is not exclusive is mapped elsewhere.
         # The mark of a huge page says less (`_add_ranges`).
         huge = (pages.frames[index] & Flag.THP) != 0
         pages.frames[index[~huge]] |= Flag.OUTSIDE
         index = index[huge]
-    frames, which, seen = np.unique(
-        (pages.frames[index] & FRAME_MASK).astype(np.int64),
-        return_inverse=True,
-        return_counts=True,
-    )
-    outside = pagemap.mappings_of(frames) > seen
-    pages.frames[index[outside[which]]] |= Flag.OUTSIDE
+    frame = (pages.frames[index] & FRAME_MASK).astype(np.int64)
+    if one:
+        outside = pagemap.mappings_of(frame) > 1
+    else:
+        frames, which, seen = np.unique(frame, return_inverse=True, return_counts=True)
+        outside = (pagemap.mappings_of(frames) > seen)[which]
+    pages.frames[index[outside]] |= Flag.OUTSIDE
 
 
 def wait_until(moment: float, progress: Callable[[str, int, int], None] | None = None) -> None:
