@@ -137,7 +137,9 @@ def scaled(sampled: int, rate: float, *, square: float | None = None) -> Span:
     if square is not None and square > sampled:
         wide = -float(ndtri((1 - CONFIDENCE) / 2)) * float(np.sqrt(square * (1 - rate))) / rate
         # The largest that was seen tells what an unseen one may be.
-        return Span(max(float(sampled), point - wide), point, point + wide + square / sampled / rate)
+        return Span(
+            max(float(sampled), point - wide), point, point + wide + square / sampled / rate
+        )
     tail = (1 - CONFIDENCE) / 2
     # The limits of Garwood (Biometrika 28, 1936) for a Poisson mean: wider than the binomial's.
     low = float(chdtri(2 * sampled, 1 - tail)) / 2 if sampled else 0.0
@@ -205,7 +207,9 @@ class Unseen:
         top = (TIMES + 7 * np.sqrt(TIMES) + 40) / rate
         # So far that `extra nodes` are a straight line beyond it.
         top = max(top, min(4.0 * self.limit, GRID_MOST))
-        steps = GRID_WHOLE * GRID_STEP ** np.arange(1 + np.log(top / GRID_WHOLE) / np.log(GRID_STEP))
+        steps = GRID_WHOLE * GRID_STEP ** np.arange(
+            1 + np.log(top / GRID_WHOLE) / np.log(GRID_STEP)
+        )
         whole = np.arange(1, GRID_WHOLE + 1)
         beside = [n for n in (self.limit, self.limit + 1) if n < top]
         return np.unique(np.concatenate([whole, np.round(steps), beside])).astype(np.float64)
@@ -223,10 +227,11 @@ class Unseen:
         high = low if high is None else high
         if not self.seen.frames.high:
             return Span.of(0.0)
-        for self._wider in range(self._wider, len(WIDER)):
+        while self._wider < len(WIDER):
             least, most = self._solve(low), self._solve(-high)
             if least is not None and most is not None:
                 return Span.between(least, max(least, -most))
+            self._wider += 1
         self.solved = False
         return self._certain(low, high)
 

@@ -111,6 +111,11 @@ class LiveSource:
         """Whether a process ended since the first look: the looks are not of the same memory."""
         return bool(self._ended)
 
+    @property
+    def ended(self) -> frozenset[int]:
+        """Processes (indices) that ended since the first look."""
+        return frozenset(self._ended)
+
     def first_look(self) -> Pages:
         """Look for the first time.
 
