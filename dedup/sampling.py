@@ -31,8 +31,10 @@ if TYPE_CHECKING:
     from dedup.pages import I64, Pages
     from dedup.scanning import Plan
 
-OVERHEAD_SECONDS: Final = 0.3
-"""Of the time allowed, for all that is not reading: start, measurement, estimate."""
+OVERHEAD_SECONDS: Final = 0.5
+"""Of the time allowed, for all that is not reading: start, measurement, model."""
+ESTIMATE_SECONDS: Final = 0.5
+"""Of a sample, besides: scipy's import and the estimate."""
 CAUTION: Final = 0.75
 """Of the time allowed, for a machine that is busier than it was a moment ago."""
 LOOKS: Final = 2
@@ -104,16 +106,15 @@ def check(rate: float) -> None:
 
 
 def require() -> None:
-    """Import what estimates, beside the reading, for it takes a while.
+    """See whether what estimates is there, before the work of a scan.
 
     Raises
     ------
     Unsupported
-        It is not installed.
+        scipy is not installed.
     """
     if importlib.util.find_spec("scipy") is None:
         unseen.require()
-    threading.Thread(target=unseen.require, daemon=True).start()
 
 
 def rate_within(pids: Sequence[int], plan: Plan, seconds: float) -> float | None:
@@ -148,12 +149,12 @@ def rate_within(pids: Sequence[int], plan: Plan, seconds: float) -> float | None
             continue
     pages = total // sight.page_size
     found = speed.measure(sight, plan.options.threads or memory.default_threads())
-    each = max(0.0, seconds - OVERHEAD_SECONDS) * CAUTION / looks
-    if found.seconds(pages) <= each:
+    if found.seconds(pages) <= (seconds - OVERHEAD_SECONDS) * CAUTION / looks:
         return None
-    rate = found.rate(pages, each)
+    overhead = OVERHEAD_SECONDS + ESTIMATE_SECONDS
+    rate = found.rate(pages, (seconds - overhead) * CAUTION / looks)
     if rate < RATE_LEAST:
-        least = found.seconds(pages, RATE_LEAST) * looks / CAUTION + OVERHEAD_SECONDS
+        least = found.seconds(pages, RATE_LEAST) * looks / CAUTION + overhead
         raise Refused(
             f"{seconds:g} s are too short for {pages:,} pages here: not even {RATE_LEAST:.0%} of "
             "them could be read",
@@ -198,6 +199,8 @@ def sample_pids(
         raise Usage("--passes takes a number from 1 on")
     require()
     begin = time.monotonic()
+    # Its import takes half a second: beside the reading, then.
+    threading.Thread(target=unseen.require, daemon=True).start()
     tunables = scanning.tunables()
     assumed = {**tunables, **plan.assumed}
     rules = scanning.rules_of(assumed)

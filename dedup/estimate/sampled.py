@@ -167,7 +167,7 @@ def choose(pages: Pages, present: Present, rate: float) -> Chosen:
             f"estimate takes {SAMPLED_LEAST:,}",
             "leave out `--sample` and `--within`: reading all of it takes no longer"
             if enough > RATE_MOST
-            else f"`--sample {math.ceil(enough * 1000) / 10:g}%`, or leave it out and read all",
+            else f"`--sample {math.ceil(enough * 100)}%`, or leave it out and read all",
         )
     return Chosen(present, whole, len(frames))
 
@@ -256,35 +256,36 @@ class _Estimator:
     # -- the parts -----------------------------------------------------------------------------
 
     def _zeros(self) -> tuple[Span, Span, Span]:
-        """All-zero frames that leave KSM, those of them placed by KSM, stable nodes of the rest."""
+        """All-zero mappings that leave KSM, those of them that it places, nodes of the rest."""
         if not self.zero.any():
             return Span.of(0.0), Span.of(0.0), Span.of(0.0)
         word = self.stable.word[self.zero]
         huge = ((word & Flag.THP) != 0) & ((word & Flag.LOCKED) == 0)
         merged = (word & Flag.KSM) != 0
-        placed = ~huge & ~merged if self.rules.use_zero_pages else np.zeros(len(word), np.bool_)
-        parts = [self._part_of_zeros(int(some.sum())) for some in (huge, placed)]
-        stay = self._part_of_zeros(int((~huge & ~placed).sum()))
+        placed = ~huge & ~merged & self.rules.use_zero_pages
+        leaves, places, stay = (
+            self._part_of_zeros(some) for some in (huge, placed, ~huge & ~placed)
+        )
         limit = self.rules.max_page_sharing
         nodes = Span(
-            max(0.0, math.floor(stay.low) / limit - 1) if stay.low >= 2 else 0.0,
+            max(1.0, math.floor(stay.low) / limit - 1) if stay.low >= 2 else 0.0,
             math.ceil(stay.point / limit) if stay.point >= 2 else 0.0,
             math.ceil(stay.high / limit) if stay.high >= 2 else 0.0,
         )
-        if nodes.low > 0:
-            nodes = nodes.at_least(1)
         if huge.any():
-            nodes = nodes + Span(-SLACK, 0, SLACK)
-        return parts[0] + parts[1], parts[1], nodes.at_least(0)
+            nodes += Span(-SLACK, 0, SLACK)
+        return leaves + places, places, nodes.at_least(0)
 
-    def _part_of_zeros(self, sampled: int) -> Span:
-        """As many frames of the whole, where none or all of them are known."""
-        if not sampled:
-            # Another kind that was not seen at all hardly matters.
+    def _part_of_zeros(self, some: Bool) -> Span:
+        """Mappings of the whole, of some of the all-zero frames in the sample."""
+        mappings = self.stable.mappings[self.zero][some]
+        if not len(mappings):
+            # A kind of them that was not seen at all hardly matters.
             return Span.of(0.0)
-        if sampled == int(self.zero.sum()):
+        total = int(mappings.sum())
+        if len(mappings) == total == int(self.zero.sum()):
             return self.frames_of_zero
-        return scaled(sampled, self.rate)
+        return scaled(total, self.rate, square=float((mappings**2).sum()))
 
     def _once(self, value: F64, single: Span) -> Span:
         """Sum of a value over contents with one frame, from those seen once.
@@ -394,7 +395,7 @@ class _Estimator:
             left += Span(0.0, 0.0, crowd)
         outside = self._outside(mappings_of, single)
         freed = self.frames - nodes - zero_nodes - left
-        on_nodes = freed - leaves + extra - single_extra
+        on_nodes = freed + extra - leaves - single_extra
         freed = (freed - outside).at_least(0)
         volatile = Span.of(float(self.present.pages)) - self.mappings + single_extra
         unshared = single - single_ksm + left

@@ -244,9 +244,8 @@ class Unseen:
         at_least = np.array([low[:-1][inner >= min(n, inner[-1])].min() for n in count])
         at_most = np.array([high[:-1][inner >= min(n, inner[-1])].max() for n in count])
         each = float(np.max(high / self.size))
-        return Span.between(
-            float((seen.times * at_least).sum()), float((seen.times * at_most).sum()) + rest * each
-        )
+        most = float((seen.times * at_most).sum()) + rest * each
+        return Span.between(float((seen.times * at_least).sum()), min(most, frames.high * each))
 
     def _solve(self, cost: F64) -> float | None:
         """The least value of a sum over contents; None where the solver finds none."""
