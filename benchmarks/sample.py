@@ -101,7 +101,7 @@ def left_over(copies: I64) -> int:
 
 def row(name: str, rate: float, off: list[float], held: list[bool], wide: list[float]) -> Any:
     """Figures of some trials, printed."""
-    figures = {
+    figures: dict[str, Any] = {
         "name": name,
         "rate": rate,
         "trials": len(off),
@@ -112,8 +112,8 @@ def row(name: str, rate: float, off: list[float], held: list[bool], wide: list[f
     }
     print(
         "{name:<26} {rate:>5.1%} {trials:>4} trials: 95% within {error_95_points:5.2f} points, "
-        "within 2 in {within_2_points:4.0%}; the range held in {held:4.0%}, was {width_points:5.2f} "
-        "points wide".format(**figures),
+        "within 2 in {within_2_points:4.0%}; the range held in {held:4.0%}, "
+        "was {width_points:5.2f} points wide".format(**figures),
         flush=True,
     )
     return figures
@@ -124,7 +124,9 @@ def synthetic(frames: int, rates: list[float], trials: int, seed: int) -> list[d
     rng = np.random.default_rng(seed)
     rows = []
     for rate in rates:
-        every: tuple[list[float], list[bool], list[float]] = ([], [], [])
+        all_off: list[float] = []
+        all_held: list[bool] = []
+        all_wide: list[float] = []
         for name, copies in shapes(frames, rng).items():
             total, truth = int(copies.sum()), left_over(copies)
             off, held, wide = [], [], []
@@ -139,9 +141,10 @@ def synthetic(frames: int, rates: list[float], trials: int, seed: int) -> list[d
                 held.append(span.low - 1 <= truth <= span.high + 1)
                 wide.append((span.high - span.low) / total)
             rows.append(row(name, rate, off, held, wide))
-            for all_of_them, some in zip(every, (off, held, wide), strict=True):
-                all_of_them.extend(some)  # type: ignore[arg-type]
-        rows.append(row("all shapes", rate, *every))
+            all_off += off
+            all_held += held
+            all_wide += wide
+        rows.append(row("all shapes", rate, all_off, all_held, all_wide))
     return rows
 
 
@@ -233,7 +236,7 @@ def started(kind: str) -> Iterator[subprocess.Popen[str]]:
         )  # fmt: skip
         line = ["redis-cli", "-s", socket]
         until = time.monotonic() + 20
-        while subprocess.run([*line, "ping"], capture_output=True).returncode:
+        while subprocess.run([*line, "ping"], check=False, capture_output=True).returncode:
             if time.monotonic() > until:
                 raise SystemExit("redis-server does not answer")
             time.sleep(0.05)
@@ -290,7 +293,7 @@ def timed(size: int, kind: str, rates: list[float], rounds: int) -> list[dict[st
     rows = []
     for rate in rates:
         ratios = [a / b for a, b in zip(seconds[rate], seconds[0.0], strict=True)]
-        figures = {
+        figures: dict[str, Any] = {
             "pages": kind,
             "gib": size / 2**30,
             "rate": rate,

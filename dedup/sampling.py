@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from dedup.model.merge import Prediction, Rules
     from dedup.pages import I64, Pages
     from dedup.scanning import Plan
+    from dedup.sources.speed import Speed
 
 OVERHEAD_SECONDS: Final = 0.5
 """Of the time allowed, for all that is not reading: start, measurement, model."""
@@ -149,6 +150,19 @@ def rate_within(pids: Sequence[int], plan: Plan, seconds: float) -> float | None
             continue
     pages = total // sight.page_size
     found = speed.measure(sight, plan.options.threads or memory.default_threads())
+    return rate_at(found, pages, looks, seconds)
+
+
+def rate_at(found: Speed, pages: int, looks: int, seconds: float) -> float | None:
+    """The rate at which so many looks at so many pages fit into a time, at a speed.
+
+    None where all can be read.
+
+    Raises
+    ------
+    Refused
+        Not even the smallest sample fits.
+    """
     if found.seconds(pages) <= (seconds - OVERHEAD_SECONDS) * CAUTION / looks:
         return None
     overhead = OVERHEAD_SECONDS + ESTIMATE_SECONDS

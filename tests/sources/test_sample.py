@@ -42,8 +42,8 @@ def contents(source: LiveSource, process: int = 0) -> dict[int, int]:
     return dict(zip(address.tolist(), pages.hashes[mine].tolist(), strict=True))
 
 
-def unique(target: Target, name: str, pages: int, **how: int) -> int:
-    start: int = target.do("map", name=name, pages=pages, **how)
+def unique(target: Target, name: str, pages: int) -> int:
+    start: int = target.do("map", name=name, pages=pages)
     target.do("fill", name=name, at=0, count=pages, what="unique")
     return start
 
@@ -146,7 +146,9 @@ def test_pages_that_went(target: Target) -> None:
     gone = (pages.frames & Flag.GONE) != 0
     address = pages.address_of(np.flatnonzero(gone))
     inside = [a for a in contents(source) if start <= a < start + 2_000 * pages.page_size]
-    assert sorted(address.tolist()) == sorted(inside)
+    # A page of the program's own may go, too.
+    assert set(inside) <= set(address.tolist())
+    assert len(address) < len(inside) + 20
     assert len(inside) > 300
 
 
@@ -190,18 +192,22 @@ def test_hidden_frames_are_chosen_by_address() -> None:
                 pages = source.first_look()
                 hidden = bool(((pages.frames & Flag.HIDDEN) != 0).all())
                 both = len(contents(source, 0).keys() & contents(source, 1).keys())
-                os.write(write, f"{int(hidden)} {len(pages.hashes)} {both}".encode())
+                present = source.counts[0][0] + source.counts[1][0]
+                answer = f"{int(hidden)} {len(pages.hashes)} {both} {present}"
+                os.write(write, answer.encode())
             finally:
                 os._exit(0)
         os.close(write)
-        with os.fdopen(read) as answer:
-            words = answer.read().split()
+        with os.fdopen(read) as pipe:
+            words = pipe.read().split()
         os.waitpid(pid, 0)
         assert words, "the unprivileged child failed"
-        hidden, chosen, both = map(int, words)
-        assert hidden == 1
-        assert abs(chosen - 2 * RATE * 4_500) < 600
-        assert both < 2 * RATE * RATE * 4_500
+        all_hidden, chosen, both, present = map(int, words)
+        assert all_hidden == 1
+        assert present > 8_000
+        assert abs(chosen - RATE * present) < 5 * np.sqrt(present * RATE * (1 - RATE))
+        # Of those chosen in one process, a fifth is in the other, too; by frame it were all.
+        assert 0.1 < both / (chosen / 2) < 0.3
 
 
 def test_the_measurement_is_of_this_machine() -> None:
