@@ -411,7 +411,7 @@ cdef class Job:
         cdef uint64_t at = <uint64_t>self.units[u].start, e, word, pfn
         cdef int64_t page_size = self.page_size
         cdef int fd = <int>self.pagemap_fds[target]
-        cdef int range_flags
+        cdef int range_flags, unasked = 0
         while left > 0:
             count = <int64_t>((self.range_end[r] - at) // <uint64_t>page_size)
             if count > left:
@@ -440,7 +440,10 @@ cdef class Job:
                 if range_flags & R_HUGE:
                     word |= THP
                 elif pfn != 0 and self.kpageflags_fd >= 0:
-                    word |= self._page_flags(pfn, range_flags)
+                    if self._each_apart(range_flags):
+                        unasked = 1
+                    else:
+                        word |= self._flags_of_block(pfn)
                 w.address[n] = at + <uint64_t>(i * page_size)
                 w.word[n] = word
                 w.where_range[n] = <int32_t>r
@@ -449,23 +452,45 @@ cdef class Job:
             r += 1
             if left > 0:
                 at = self.range_start[r]
+        if unasked:
+            self._ask_each(w, n)
         return n
 
-    cdef uint64_t _page_flags(self, uint64_t pfn, int range_flags) noexcept nogil:
-        """KSM and THP of a frame; one look per 2 MiB block where a block is of one kind."""
-        cdef uint64_t kpf = 0, word = 0
+    cdef inline int _each_apart(self, int range_flags) noexcept nogil:
+        """Whether a frame's neighbours don't tell what it is."""
+        return not range_flags & R_HUGE and (self.every_folio or range_flags & R_KSM)
+
+    cdef void _ask_each(self, Worker *w, int64_t n) noexcept nogil:
+        """KSM and THP of each such page, frames in a row by one call."""
+        cdef int64_t i = 0, j, k, got
+        cdef uint64_t pfn
+        while i < n:
+            if w.word[i] & HIDDEN or not self._each_apart(
+                    <int>self.range_flags[w.where_range[i]]):
+                i += 1
+                continue
+            pfn = w.word[i] & FRAME_MASK
+            j = i + 1
+            while (j < n and not w.word[j] & HIDDEN
+                   and w.word[j] & FRAME_MASK == pfn + <uint64_t>(j - i)
+                   and self._each_apart(<int>self.range_flags[w.where_range[j]])):
+                j += 1
+            got = _pread_all(self.kpageflags_fd, w.look, (j - i) * 8, <int64_t>pfn * 8) // 8
+            for k in range(got):
+                w.word[i + k] |= _flags_of(w.look[k])
+            i = j
+
+    cdef uint64_t _flags_of_block(self, uint64_t pfn) noexcept nogil:
+        """THP of a frame; one look per block of `huge_bytes`, which is of one kind."""
+        cdef uint64_t kpf = 0, word
         cdef int64_t block = <int64_t>pfn // self.huge_frames
-        cdef int direct = self.every_folio or range_flags & R_KSM
         cdef int known = block < self.block_state.shape[0]
-        if not direct and known and self.block_state[block]:
+        if known and self.block_state[block]:
             return THP if self.block_state[block] == 2 else 0
         if pread(self.kpageflags_fd, &kpf, 8, <int64_t>pfn * 8) != 8:
             return 0
-        if kpf & KPF_KSM:
-            word |= KSM
-        if kpf & KPF_THP and kpf & KPF_HEAD_OR_TAIL:
-            word |= THP
-        if known and not self.every_folio:
+        word = _flags_of(kpf)
+        if known:
             self.block_state[block] = 2 if word & THP else 1
         return word
 
@@ -710,6 +735,14 @@ cdef inline uint64_t _mix64(uint64_t x) noexcept nogil:
     x = (x ^ (x >> 30)) * <uint64_t>0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * <uint64_t>0x94D049BB133111EB
     return x ^ (x >> 31)
+
+
+cdef inline uint64_t _flags_of(uint64_t kpf) noexcept nogil:
+    """Of a word of kpageflags."""
+    cdef uint64_t word = KSM if kpf & KPF_KSM else 0
+    if kpf & KPF_THP and kpf & KPF_HEAD_OR_TAIL:
+        word |= THP
+    return word
 
 
 cdef int64_t _pread_all(int fd, void *buf, int64_t size, int64_t offset) noexcept nogil:

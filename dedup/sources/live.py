@@ -466,7 +466,8 @@ def mark_outside(pages: Pages, groups: Groups, sight: Sight) -> None:
     known = Flag.EXCLUSIVE | Flag.KSM | Flag.HIDDEN
     if not groups.census.of(Flag.DUPLICATE | known, Flag.DUPLICATE):
         return
-    index = groups.order[(pages.frames[groups.order] & known) == 0]
+    # As they lie in memory, so that the frames of a huge page are asked for at once.
+    index = np.sort(groups.order[(pages.frames[groups.order] & known) == 0])
     one = len(pages.processes) == 1
     if one and sight.pagemap_scan:
         # Its pages have a frame each, KSM pages apart: what is not exclusive is mapped elsewhere.

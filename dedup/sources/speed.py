@@ -70,9 +70,8 @@ def measure(sight: Sight, threads: int) -> Speed:
         handle = processes.of_process(os.getpid())
         try:
             listed = _listed(handle)
-            target = memory.Target(handle, fast=True)
-            target.starts, target.ends = [start], [start + size]
-            target.flags, target.regions = [0], [0]
+            ranges = memory.Ranges.of([(start, start + size, 0, 0)])
+            target = memory.Target(handle, fast=True, ranges=ranges)
             whole, some, none = (
                 min(_look(target, sight, threads, rate) for _ in range(TIMES))
                 for rate in (None, PROBE_RATE, NEXT_TO_NOTHING)
