@@ -310,9 +310,11 @@ def timed(
         }
         rows.append(figures)
         print(
-            "{pages:>5} pages, {gib:.1f} GiB, {passes} looks, {rate:>4.0%}: {sample_seconds:.2f} of "
-            "{full_seconds:.2f} s, {of_full:.2f} of the full scan; off by {error_most_points:.2f} "
-            "points at the most, held in {held:.0%} of {rounds}".format(**figures),
+            "{pages:>5} pages, {gib:.1f} GiB, {passes} looks, {rate:>5.1%}: {sample_seconds:.2f} "
+            "of {full_seconds:.2f} s, {of_full:.2f} of the full scan; off by "
+            "{error_most_points:.2f} points at the most, held in {held:.0%} of {rounds}".format(
+                **figures
+            ),
             flush=True,
         )
     return rows
