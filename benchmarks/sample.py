@@ -52,7 +52,10 @@ import json, sys, time
 from dedup import sampling, scanning
 from dedup.sources.live import Options
 pid, rate, passes = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
-plan = scanning.Plan(options=Options(), passes=passes, interval_seconds=0.01)
+plan = scanning.Plan(
+    options=Options(), passes=passes, interval_seconds=0.01,
+    assumed={"max_page_sharing": 256, "use_zero_pages": 0, "merge_across_nodes": 1},
+)
 begin = time.perf_counter()
 scan = sampling.sample_pids([pid], rate, plan) if rate else scanning.scan_pids([pid], plan)
 seconds = time.perf_counter() - begin
