@@ -8,8 +8,9 @@
   trials are, how often the range held the truth, how wide it was.
 * ``--live``: redis-servers and Python processes with NumPy, whose pages are hashed once; samples
   of those pages, with the flags and frames that they have, against the model on all of them.
-* ``--time``: real memory of a size, full scan and sample in turn, one look each, from the first
-  page to the prediction; a sample's time has scipy's import in it, in a fresh process each.
+* ``--time``: real memory of a size, full scan and sample in turn, from the first page to the
+  prediction, two looks each with no time between them (or ``--passes``); a sample's time has
+  scipy's import in it, for each is a fresh process.
 """
 
 from __future__ import annotations
@@ -51,7 +52,10 @@ import json, sys, time
 from dedup import sampling, scanning
 from dedup.sources.live import Options
 pid, rate, passes = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
-plan = scanning.Plan(options=Options(), passes=passes, interval_seconds=0.01)
+plan = scanning.Plan(
+    options=Options(), passes=passes, interval_seconds=0.01,
+    assumed={"max_page_sharing": 256, "use_zero_pages": 0, "merge_across_nodes": 1},
+)
 begin = time.perf_counter()
 scan = sampling.sample_pids([pid], rate, plan) if rate else scanning.scan_pids([pid], plan)
 seconds = time.perf_counter() - begin
@@ -240,7 +244,7 @@ def started(kind: str) -> Iterator[subprocess.Popen[str]]:
             if time.monotonic() > until:
                 raise SystemExit("redis-server does not answer")
             time.sleep(0.05)
-        fill = "for i=1,300000 do redis.call('set','key:'..i,string.rep('v'..i,12)) end"
+        fill = "for i=1,300000 do redis.call('set','key:'..i,string.rep('v'..i,60)) end"
         subprocess.run([*line, "eval", fill, "0"], check=True, capture_output=True)
         yield process
 
@@ -266,7 +270,9 @@ def live(rates: list[float], trials: int) -> list[dict[str, Any]]:
 # -- time ------------------------------------------------------------------------------------------
 
 
-def timed(size: int, kind: str, rates: list[float], rounds: int) -> list[dict[str, Any]]:
+def timed(
+    size: int, kind: str, rates: list[float], rounds: int, passes: int
+) -> list[dict[str, Any]]:
     """Full scans and samples in turn, each in a fresh process."""
     process, _ = target(size, kind)
     seconds: dict[float, list[float]] = {}
@@ -277,7 +283,7 @@ def timed(size: int, kind: str, rates: list[float], rounds: int) -> list[dict[st
         for number in range(rounds + 1):
             for rate in (0.0, *rates):
                 done = subprocess.run(
-                    [sys.executable, "-c", TIMED, str(process.pid), str(rate), "1"],
+                    [sys.executable, "-c", TIMED, str(process.pid), str(rate), str(passes)],
                     check=True, capture_output=True, text=True,
                 )  # fmt: skip
                 took, point, span, read = json.loads(done.stdout)
@@ -298,6 +304,7 @@ def timed(size: int, kind: str, rates: list[float], rounds: int) -> list[dict[st
             "gib": size / 2**30,
             "rate": rate,
             "rounds": rounds,
+            "passes": passes,
             "full_seconds": statistics.median(seconds[0.0]),
             "sample_seconds": statistics.median(seconds[rate]),
             "of_full": statistics.median(ratios),
@@ -306,9 +313,11 @@ def timed(size: int, kind: str, rates: list[float], rounds: int) -> list[dict[st
         }
         rows.append(figures)
         print(
-            "{pages:>5} pages, {gib:.1f} GiB, {rate:>5.1%}: {sample_seconds:.2f} s of "
-            "{full_seconds:.2f} s, {of_full:.2f} of the full scan; off by {error_most_points:.2f} "
-            "points at the most, held in {held:.0%} of {rounds}".format(**figures),
+            "{pages:>5} pages, {gib:.1f} GiB, {passes} looks, {rate:>5.1%}: {sample_seconds:.2f} "
+            "of {full_seconds:.2f} s, {of_full:.2f} of the full scan; off by "
+            "{error_most_points:.2f} points at the most, held in {held:.0%} of {rounds}".format(
+                **figures
+            ),
             flush=True,
         )
     return rows
@@ -325,6 +334,7 @@ def main() -> None:
     parser.add_argument("--time", action="store_true", help="on real memory")
     parser.add_argument("--gib", type=float, default=12.0)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--passes", type=int, default=2, help="looks, one after the other")
     parser.add_argument("--pages", default="small,huge")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -333,7 +343,7 @@ def main() -> None:
     if args.time:
         size = int(args.gib * 2**30) // CHUNK * CHUNK
         for kind in args.pages.split(","):
-            rows += timed(size, kind, rates, args.rounds)
+            rows += timed(size, kind, rates, args.rounds, args.passes)
     elif args.live:
         rows = live(rates, args.trials)
     else:

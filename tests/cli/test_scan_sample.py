@@ -41,6 +41,10 @@ FIELDS = (
 )  # fmt: skip
 
 
+# Whatever the host has at the moment.
+DEFAULTS = ("--tunable", "max_page_sharing=256", "--tunable", "use_zero_pages=0")
+
+
 @pytest.fixture(scope="module")
 def process() -> Iterator[subprocess.Popen[str]]:
     """A process with 60,000 pages."""
@@ -69,7 +73,7 @@ def held(sample: dict[str, Any], full: dict[str, Any]) -> None:
 def test_the_range_holds_the_full_scan(
     dedup: Dedup, process: subprocess.Popen[str], rate: str
 ) -> None:
-    args = ("scan", "--pid", str(process.pid), "--interval", "0.05", "--json")
+    args = ("scan", "--pid", str(process.pid), "--interval", "0.05", "--json", *DEFAULTS)
     result = dedup(*args, "--sample", rate, "--seed", "3")
     assert (result.status, result.err) == (0, "")
     sample, full = result.json, dedup(*args).json
