@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.scan_speed import CHUNK, target
+from benchmarks.speed import target
 from dedup import grouping
 from dedup.estimate import sampled, unseen
 from dedup.estimate.sampled import Present
@@ -274,16 +274,15 @@ def timed(
     size: int, kind: str, rates: list[float], rounds: int, passes: int
 ) -> list[dict[str, Any]]:
     """Full scans and samples in turn, each in a fresh process."""
-    process, _ = target(size, kind)
     seconds: dict[float, list[float]] = {}
     off: dict[float, list[float]] = {}
     held: dict[float, list[bool]] = {}
     truth = pages = 0
-    try:
+    with target.process(size, kind) as (pid, _):
         for number in range(rounds + 1):
             for rate in (0.0, *rates):
                 done = subprocess.run(
-                    [sys.executable, "-c", TIMED, str(process.pid), str(rate), str(passes)],
+                    [sys.executable, "-c", TIMED, str(pid), str(rate), str(passes)],
                     check=True, capture_output=True, text=True,
                 )  # fmt: skip
                 took, point, span, read = json.loads(done.stdout)
@@ -294,8 +293,6 @@ def timed(
                     off.setdefault(rate, []).append((point - truth) / pages)
                     held.setdefault(rate, []).append(span[0] <= truth <= span[1])
         seconds[0.0].pop(0)
-    finally:
-        process.communicate()
     rows = []
     for rate in rates:
         ratios = [a / b for a, b in zip(seconds[rate], seconds[0.0], strict=True)]
@@ -341,7 +338,7 @@ def main() -> None:
     rates = [float(r) for r in args.rates.split(",")]
     rows: list[dict[str, Any]] = []
     if args.time:
-        size = int(args.gib * 2**30) // CHUNK * CHUNK
+        size = int(args.gib * 2**30) // target.HUGE * target.HUGE
         for kind in args.pages.split(","):
             rows += timed(size, kind, rates, args.rounds, args.passes)
     elif args.live:
