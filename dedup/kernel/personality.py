@@ -5,10 +5,14 @@ Source: personality(2), ADDR_NO_RANDOMIZE; fs/exec.c reads it at each exec.
 
 from __future__ import annotations
 
-from typing import Final
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
 
 from dedup import _core
 from dedup.errors import NotPermitted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ADDR_NO_RANDOMIZE: Final = 0x0040000
 ASK: Final = 0xFFFFFFFF
@@ -35,3 +39,19 @@ def no_randomize() -> None:
             "randomisation can't be switched off: personality(2) had no effect here",
             "leave out --no-randomize",
         )
+
+
+@contextmanager
+def not_randomized() -> Iterator[None]:
+    """The same for what is started meanwhile.
+
+    Raises
+    ------
+    NotPermitted
+    """
+    before = _core.personality(ASK)
+    no_randomize()
+    try:
+        yield
+    finally:
+        _core.personality(before)
