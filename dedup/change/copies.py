@@ -193,13 +193,12 @@ class Copies:
         KeeperGone
         """
         until = time.monotonic() + seconds
-        while True:
-            message = self._message(max(0.0, until - time.monotonic()))
-            if message is None:
-                break
-        for copy in self.running.values():
-            if copy.code is not None and not self.processes()[copy.number]:
-                raise self._ended(copy)
+        more = True
+        while more:
+            more = self._message(max(0.0, until - time.monotonic())) is not None
+            for copy in self.running.values():
+                if copy.code is not None and not self.processes()[copy.number]:
+                    raise self._ended(copy)
 
     def output(self, number: int) -> str:
         """The last lines that a copy that runs has printed."""

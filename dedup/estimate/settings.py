@@ -94,6 +94,12 @@ class NotApplicable:
     why: str
 
 
+def seeded(programs: Iterable[str]) -> list[Runtime]:
+    """The runtimes among these programs that seed their hashes at random."""
+    names = set(programs)
+    return [r for r in RUNTIMES if any(r.program.fullmatch(n) for n in names)]
+
+
 def apply(
     setting: Setting, words: Sequence[str], programs: Iterable[str] = ()
 ) -> Start | NotApplicable:
@@ -111,7 +117,7 @@ def apply(
     if not setting.seeds_fixed:
         return Start(words, randomized=setting.randomized)
     names = sorted(set(programs))
-    found = [r for r in RUNTIMES if any(r.program.fullmatch(n) for n in names)]
+    found = seeded(names)
     if not found:
         return NotApplicable(
             f"no Python, Perl or Node.js among its programs ({', '.join(names) or 'none seen'})"

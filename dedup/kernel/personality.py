@@ -18,8 +18,13 @@ ADDR_NO_RANDOMIZE: Final = 0x0040000
 ASK: Final = 0xFFFFFFFF
 
 
-def no_randomize() -> None:
+def no_randomize() -> int:
     """Have the kernel place the mappings of the next program, and its children's, without chance.
+
+    Returns
+    -------
+    int
+        The personality before.
 
     Raises
     ------
@@ -27,7 +32,8 @@ def no_randomize() -> None:
         A seccomp filter forbids it, as that of most container runtimes does.
     """
     try:
-        _core.personality(_core.personality(ASK) | ADDR_NO_RANDOMIZE)
+        before = _core.personality(ASK)
+        _core.personality(before | ADDR_NO_RANDOMIZE)
         kept = _core.personality(ASK) & ADDR_NO_RANDOMIZE
     except OSError as e:
         raise NotPermitted(
@@ -39,6 +45,7 @@ def no_randomize() -> None:
             "randomisation can't be switched off: personality(2) had no effect here",
             "leave out --no-randomize",
         )
+    return before
 
 
 @contextmanager
@@ -49,8 +56,7 @@ def not_randomized() -> Iterator[None]:
     ------
     NotPermitted
     """
-    before = _core.personality(ASK)
-    no_randomize()
+    before = no_randomize()
     try:
         yield
     finally:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from rich.text import Text
 
+from dedup.estimate import settings
 from dedup.report.names import lossless, safe, shorten
 from dedup.report.table import Column, fitting
 from dedup.report.text import count, span
@@ -83,7 +84,9 @@ def _trial(trial: Trial, plan: Plan) -> dict[str, Any]:
             "low": plan.fits.low, "high": plan.fits.high, "safe": plan.fits.safe,
         },
         "risks": _risks(trial),
-        "warnings": [{"code": w.code, "message": lossless(w.message)} for w in plan.warnings],
+        "warnings": [
+            {"code": code, "message": lossless(words)} for code, words in _cautions(trial, plan)
+        ],
     }  # fmt: skip
 
 
@@ -130,18 +133,30 @@ def warnings(found: Pilot, plans: Sequence[Plan]) -> list[str]:
     out = []
     for trial, plan in zip(found.trials, plans, strict=True):
         whose = "" if trial is found.trials[0] else f"{trial.setting.title}, "
-        if not trial.settled and "unsettled" not in said:
-            said.add("unsettled")
-            out.append(
-                f"{whose}the copies still changed when the time was over: the figures are of a "
-                "moment; give more with --limit, or tell by --ready when they are ready"
-            )
-        for w in plan.warnings:
-            if w.code not in said:
-                said.add(w.code)
-                out.append(whose + w.message)
+        out += [whose + words for code, words in _cautions(trial, plan) if code not in said]
+        said |= {code for code, _ in _cautions(trial, plan)}
     if found.left:
         out.append(f"these processes could not be ended: {', '.join(map(str, found.left))}")
+    return out
+
+
+def _cautions(trial: Trial, plan: Plan) -> list[tuple[str, str]]:
+    """Warnings of a trial and of its plan: code and words."""
+    out = [(w.code, w.message) for w in plan.warnings]
+    if not trial.settled:
+        words = (
+            "the copies still changed when the time was over: the figures are of a moment; give "
+            "more with --limit, or tell by --ready when they are ready"
+        )
+        out.append(("unsettled", words))
+    seeded = settings.seeded(trial.programs)
+    if seeded and not trial.setting.randomized and not trial.setting.seeds_fixed:
+        names = " and ".join(runtime.name for runtime in seeded)
+        words = (
+            f"{names} seeds its hashes anew at each start, so what merges differs much from one "
+            "start to the next, and the range does not tell; fix the seeds, or take more --copies"
+        )
+        out.append(("random-seeds", words))
     return out
 
 

@@ -20,6 +20,7 @@ from dedup.kernel import family
 from dedup.kernel.ksm import users
 
 from .conftest import REPOSITORY, Dedup, Result, environment, on_terminal, wait_for
+from .test_run import NO_PERSONALITY, PERSONALITY
 
 SOON = ("--tunable", "pages_to_scan=1000000")
 """Looks a moment apart, as ksmd at that pace would need."""
@@ -123,11 +124,12 @@ def test_python_under_each_setting(dedup: Dedup, words: Words) -> None:
     assert [t["setting"] for t in tried["trials"]] == ["as-is", "no-randomize", "fixed-seeds"]
     assert seeds["environment"] == {"PYTHONHASHSEED": "0"}
     assert as_is["environment"] == fixed["environment"] == {}
-    # Each setting has more in common than the one before, by far.
-    assert 2 * as_is["pages_sharing"] < fixed["pages_sharing"] < 0.8 * seeds["pages_sharing"]
-    assert as_is["further_frames"] > 1.2 * fixed["further_frames"] > 2 * seeds["further_frames"]
+    # Each setting has more in common than the one before; how much the second has is chance.
+    assert 5 * as_is["pages_sharing"] < fixed["pages_sharing"] < seeds["pages_sharing"]
+    assert as_is["further_frames"] > fixed["further_frames"] > seeds["further_frames"]
+    assert as_is["further_frames"] > 10 * seeds["further_frames"]
     assert as_is["fits"] == found["fits"]
-    assert fixed["fits"]["with_ksm"] > 1.2 * as_is["fits"]["with_ksm"]
+    assert fixed["fits"]["with_ksm"] > as_is["fits"]["with_ksm"]
     for trial in tried["trials"]:
         assert trial["settled"]
         assert len(trial["ready_seconds"]) == 3
@@ -136,7 +138,9 @@ def test_python_under_each_setting(dedup: Dedup, words: Words) -> None:
     assert as_is["risks"] == []
     assert "knows where everything lies" in fixed["risks"][0]
     assert "collide" in seeds["risks"][0]
-    assert "fixed-addresses" in [w["code"] for w in fixed["warnings"]]
+    codes = [{w["code"] for w in t["warnings"]} for t in (as_is, fixed, seeds)]
+    assert ["fixed-addresses" in c or "classes" in c for c in codes] == [False, True, True]
+    assert ["random-seeds" in c for c in codes] == [False, True, False]
 
 
 def test_perl_with_fixed_seeds(dedup: Dedup, tmp_path: Path) -> None:
@@ -149,7 +153,8 @@ def test_perl_with_fixed_seeds(dedup: Dedup, tmp_path: Path) -> None:
     found = dedup("capacity", "--pilot", f"perl {path}", *args).json["pilot"]
     as_is, fixed, seeds = found["trials"]
     assert seeds["environment"] == {"PERL_HASH_SEED": "0", "PERL_PERTURB_KEYS": "0"}
-    assert seeds["pages_sharing"] > 2 * max(as_is["pages_sharing"], fixed["pages_sharing"])
+    assert seeds["pages_sharing"] > 20 * as_is["pages_sharing"]
+    assert seeds["pages_sharing"] > 1.2 * fixed["pages_sharing"]
     assert not alive(str(path))
 
 
@@ -198,6 +203,17 @@ def test_a_server_that_goes_to_the_background(dedup: Dedup, words: Words) -> Non
     ).json  # fmt: skip
     assert [i["processes"] for i in found["instances"]] == [1, 1]
     assert found["pilot"]["trials"][0]["ready_seconds"] == pytest.approx([1, 1], abs=0.5)
+
+
+def test_where_randomisation_can_not_be_switched_off(dedup: Dedup, words: Words) -> None:
+    number = str(PERSONALITY[os.uname().machine])
+    prefix = (sys.executable, "-c", NO_PERSONALITY, number)
+    args = ("--ready", "ready", "--copies", "2", "--settings", "--json", *SOON)
+    result = dedup("capacity", "--pilot", words(WORKER), *args, prefix=prefix)
+    tried = result.json["pilot"]
+    assert [t["setting"] for t in tried["trials"]] == ["as-is"]
+    assert [o["setting"] for o in tried["omitted"]] == ["no-randomize", "fixed-seeds"]
+    assert all("can't be switched off" in o["why"] for o in tried["omitted"])
 
 
 def test_memory_that_grows_on(dedup: Dedup, words: Words) -> None:

@@ -1,0 +1,121 @@
+"""Copies under their keeper, and what a pilot does where the host is too small."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+from dedup.change import keeper, pilot
+from dedup.change.copies import Copies, CopyEnded, KeeperGone, last_lines
+from dedup.errors import Refused
+from dedup.estimate.settings import Start
+
+WAITS = Start((sys.executable, "-c", "import sys; print('up', flush=True); sys.stdin.read()"))
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_started_stopped_and_started_again() -> None:
+    with Copies(2) as copies:
+        pids: list[int] = []
+        for _ in range(2):
+            pids += [copies.start(number, WAITS, "^up$").pid for number in (1, 2)]
+            while not all(c.pattern_seen for c in copies.running.values()):
+                copies.look(0.1)
+            assert copies.processes() == {1: [pids[-2]], 2: [pids[-1]]}
+            copies.stop()
+            assert not any(map(alive, pids))
+            assert not copies.running
+        assert len(set(pids)) == 4
+        assert copies.left == []
+    # Its own parent has nothing left to wait for.
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_numbers_of_one_length() -> None:
+    with Copies(9) as few, Copies(12) as many:
+        assert [few.filled("{n}", 3), many.filled("a{n}b{n}", 3)] == ["3", "a03b03"]
+        assert len(many.filled("{dir}", 3)) == len(many.filled("{dir}", 12))
+
+
+def test_a_copy_that_ends_is_told_of_with_its_last_lines() -> None:
+    code = (
+        "import sys; print('x' * 9999); sys.stderr.write('a\\n' * 99 + 'b\\nc\\n\\n'); sys.exit(3)"
+    )
+    with Copies(1) as copies:
+        copies.start(1, Start((sys.executable, "-c", code)))
+        with pytest.raises(
+            CopyEnded, match=r"copy 1 has ended with status 3, saying: a \| a \| b \| c$"
+        ):
+            copies.look(20)
+
+
+def test_the_keeper_gone() -> None:
+    with Copies(1) as copies:
+        pid = copies.start(1, WAITS).pid
+        assert copies._keeper is not None
+        os.kill(copies._keeper, 9)
+        with pytest.raises(KeeperGone):
+            copies.look(20)
+    assert not alive(pid)
+
+
+def test_an_error_of_ours_ends_them() -> None:
+    pid = 0
+    with pytest.raises(ZeroDivisionError), Copies(1) as copies:
+        pid = copies.start(1, WAITS).pid
+        raise ZeroDivisionError
+    assert not alive(pid)
+
+
+def test_one_that_ignores_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeper, "TERM_SECONDS", 0.3)
+    code = (
+        "import signal; signal.signal(15, signal.SIG_IGN); print('up', flush=True); signal.pause()"
+    )
+    with Copies(1) as copies:
+        copy = copies.start(1, Start((sys.executable, "-c", code)), "up")
+        while not copy.pattern_seen:
+            copies.look(0.1)
+        copies.stop()
+        assert not alive(copy.pid)
+
+
+def test_a_stopped_one() -> None:
+    with Copies(1) as copies:
+        copy = copies.start(1, WAITS)
+        os.kill(copy.pid, 19)
+        copies.stop()
+        assert not alive(copy.pid)
+
+
+def test_a_host_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pilot, "LEFT_SHARE", 1.0)
+    with pytest.raises(Refused, match="take this host's memory"):
+        pilot.run(pilot.Wish(WAITS.words, copies=1))
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "value"),
+    [("7000", "port", "7000"), ("70{n}", "port", "70{n}"), ("{n}", "port", "{n}"),
+     ("5s", "seconds", "5"), ("0.5 s", "seconds", "0.5"), ("listening on 70{n}", "pattern", None),
+     ("5 steps", "pattern", None), ("^7000$", "pattern", None)],
+)  # fmt: skip
+def test_signs_of_being_ready(text: str, kind: str, value: str | None) -> None:
+    found = pilot.parse_ready(text)
+    assert (found.kind, found.value) == (kind, text if value is None else value)
+
+
+def test_last_lines() -> None:
+    assert last_lines("") == last_lines(" \n\n") == ""
+    assert last_lines("1\n2\n3\n 4  x\n\n5\n") == "2 | 3 | 4 x | 5"
+    assert len(last_lines("x" * 100_000)) == 400
