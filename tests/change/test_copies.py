@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -90,12 +92,21 @@ def test_one_that_ignores_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not alive(copy.pid)
 
 
-def test_a_stopped_one() -> None:
+def test_a_stopped_one_ends_in_its_own_way(tmp_path: Path) -> None:
+    code = (
+        "import signal, sys\n"
+        "def end(*_): open(sys.argv[1], 'w').close(); sys.exit()\n"
+        "signal.signal(15, end); print('up', flush=True)\n"
+        "while True: signal.pause()"
+    )
+    path = tmp_path / "ended"
     with Copies(1) as copies:
-        copy = copies.start(1, WAITS)
-        os.kill(copy.pid, 19)
+        copy = copies.start(1, Start((sys.executable, "-c", code, str(path))), "up")
+        while not copy.pattern_seen:
+            copies.look(0.1)
+        os.kill(copy.pid, signal.SIGSTOP)
         copies.stop()
-        assert not alive(copy.pid)
+    assert path.exists()
 
 
 def test_a_host_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
