@@ -11,8 +11,9 @@ import pytest
 
 from dedup.change import keeper, pilot
 from dedup.change.copies import Copies, CopyEnded, KeeperGone, last_lines
-from dedup.errors import Refused
+from dedup.errors import Interrupted, Refused
 from dedup.estimate.settings import Start
+from dedup.kernel import family
 
 WAITS = Start((sys.executable, "-c", "import sys; print('up', flush=True); sys.stdin.read()"))
 
@@ -23,6 +24,12 @@ def alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def running(marker: str) -> list[int]:
+    """Descendants of ours with this word in their command line."""
+    mine = family.descendants(os.getpid())
+    return [p for p in mine if marker.encode() in Path(f"/proc/{p}/cmdline").read_bytes()]
 
 
 def test_started_stopped_and_started_again() -> None:
@@ -77,6 +84,26 @@ def test_an_error_of_ours_ends_them() -> None:
         pid = copies.start(1, WAITS).pid
         raise ZeroDivisionError
     assert not alive(pid)
+
+
+@pytest.mark.parametrize(
+    "moment", ["starting", "waiting until they are ready", "waiting until they are settled",
+               "waiting for the next look"],
+)  # fmt: skip
+def test_a_signal_at_any_moment_ends_them(moment: str, tmp_path: Path) -> None:
+    marker = str(tmp_path)
+    words = (*WAITS.words, marker)
+
+    def progress(what: str, done: int, _total: int) -> None:
+        what = "waiting for the next look" if what == "waiting" else what
+        # The first copy is there when the second is started.
+        if what.startswith(moment) and (moment != "starting" or done):
+            assert len(running(marker)) == (1 if done and moment == "starting" else 2)
+            raise Interrupted("interrupted")
+
+    with pytest.raises(Interrupted):
+        pilot.run(pilot.Wish(words, copies=2, ready=pilot.Ready("seconds", "1.5")), progress)
+    assert not running(marker)
 
 
 def test_one_that_ignores_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:

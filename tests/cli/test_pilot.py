@@ -389,26 +389,6 @@ def test_a_signal_ends_all(words: Words, number: signal.Signals) -> None:
     assert not alive(marker)
 
 
-def test_a_signal_while_it_scans(words: Words) -> None:
-    # The second look is a minute after the first.
-    process, marker = two(words, STUBBORN, "--ready", "ready", "--tunable", "pages_to_scan=1")
-    files = Path(f"/proc/{process.pid}/fd")
-    targets = {f"/proc/{pid}" for pid in alive(marker)}
-
-    def opened() -> bool:
-        time.sleep(0.005)
-        try:
-            return any(os.readlink(fd) in targets for fd in files.iterdir())
-        except FileNotFoundError:  # closed meanwhile
-            return False
-
-    # A scan holds them open from its first look to its last; for their sizes it is a moment.
-    wait_for(lambda: all(opened() for _ in range(40)))
-    process.send_signal(signal.SIGTERM)
-    assert ended(process).status == 143
-    assert not alive(marker)
-
-
 def test_ctrl_c_at_a_terminal_ends_all(words: Words) -> None:
     command = words(ORPHAN)
     process = pilot(command, "--ready", "never", start_new_session=True)
