@@ -102,7 +102,14 @@ def test_a_signal_at_any_moment_ends_them(moment: str, tmp_path: Path) -> None:
             raise Interrupted("interrupted")
 
     with pytest.raises(Interrupted):
-        pilot.run(pilot.Wish(words, copies=2, ready=pilot.Ready("seconds", "1.5")), progress)
+        pilot.run(
+            pilot.Wish(
+                words, copies=2, ready=pilot.Ready("seconds", "1.5"),
+                # So that there is a wait, whatever ksmd's pace here is.
+                assumed={"pages_to_scan": 100, "sleep_millisecs": 20},
+            ),
+            progress,
+        )  # fmt: skip
     assert not running(marker)
 
 
