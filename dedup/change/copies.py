@@ -24,9 +24,8 @@ if TYPE_CHECKING:
 
     from dedup.estimate.settings import Start
 
-ANSWER_SECONDS: Final = 30.0
+ANSWER_SECONDS: Final = 10.0
 STOP_SECONDS: Final = keeper.TERM_SECONDS + keeper.KILL_SECONDS + 5.0
-MARGIN_SECONDS: Final = 2.0
 SHOWN: Final = 4
 """Last lines that an error shows."""
 SHOWN_CHARACTERS: Final = 400

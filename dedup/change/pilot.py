@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, Literal
 
 from dedup import scanning
-from dedup.change.copies import Copies, CopyEnded, last_lines
+from dedup.change.copies import Copies, CopyEnded, KeeperGone
 from dedup.errors import CheckFailed, NotPermitted, Refused, Usage
 from dedup.estimate import fingerprints, settings, split
 from dedup.estimate.key import KEY_BYTES, Key
@@ -312,7 +312,9 @@ class _Trying:
             "pattern": f"has not printed anything that fits '{ready.value}'",
             "port": f"does not accept on port {ready.value.replace('{n}', word)}",
         }.get(ready.kind, "is not ready")
-        said = self.copies.output(late)
+        said = ""
+        with suppress(KeeperGone):  # busy with a pattern that takes for ever
+            said = self.copies.output(late)
         return NotReady(
             f"copy {word} {sign} after {self.wish.limit_seconds:.0f} s"
             f"{f'; the last that it printed: {said}' if said else ' and has printed nothing'}"
@@ -336,7 +338,7 @@ class _Trying:
                 if not there & set(some):
                     raise CopyEnded(
                         f"copy {self.copies.word(number)} has no memory to look at: its processes "
-                        f"come and go; {last_lines(self.copies.output(number))}"
+                        f"come and go; {self.copies.output(number)}"
                     )
             settled = still and not scan.drifting
             if settled or time.monotonic() > self.deadline:
