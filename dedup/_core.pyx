@@ -104,6 +104,7 @@ cdef extern from "<sys/ioctl.h>" nogil:
 cdef extern from "<sys/prctl.h>" nogil:
     int c_prctl "prctl"(int option, ...)
     int PR_SET_CHILD_SUBREAPER
+    int PR_SET_PDEATHSIG
 
 cdef extern from "<sys/personality.h>" nogil:
     int c_personality "personality"(unsigned long persona)

@@ -215,6 +215,18 @@ def child_subreaper():
         raise _os_error(errno, "prctl(PR_SET_CHILD_SUBREAPER)")
 
 
+def parent_death_signal(int number):
+    """PR_SET_PDEATHSIG: the signal that we get when the thread that forked us ends.
+
+    Raises
+    ------
+    OSError
+    """
+    cdef unsigned long nothing = 0
+    if c_prctl(PR_SET_PDEATHSIG, <unsigned long>number, nothing, nothing, nothing) < 0:
+        raise _os_error(errno, "prctl(PR_SET_PDEATHSIG)")
+
+
 def personality(unsigned long persona):
     """personality(2) of the calling process; 0xffffffff only asks.
 

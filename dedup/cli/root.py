@@ -18,7 +18,7 @@ COMMANDS: Final = {
     "apply": "Make memory mergeable, wait for ksmd, compare its counters with the prediction.",
     "run": "Start a command with all its memory mergeable.",
     "standing": "Show, or set, what makes memory mergeable for good.",
-    "capacity": "From saved scans of a few instances: how many fit, and what could go wrong.",
+    "capacity": "From saved scans of a few instances, or a pilot: how many fit, at what risk.",
     "tune": "Find the tunables of ksmd for a wished time or CPU, and set them.",
     "status": "Show what KSM saves and costs on this host now.",
     "doctor": "Say what this host, kernel and user can't do, and the way out.",

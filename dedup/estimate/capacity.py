@@ -98,7 +98,17 @@ def plan(paths: Sequence[Path], wish: Wish) -> Plan:
     Usage
         The files are of several services, none of the one asked for, or too many.
     """
-    found = _of_service(store.load_all(paths), wish.label)
+    return of_instances(_of_service(store.load_all(paths), wish.label), wish)
+
+
+def of_instances(found: list[Instance], wish: Wish) -> Plan:
+    """Plan from instances of one service, made with the same key.
+
+    Raises
+    ------
+    Usage
+        They are too many.
+    """
     tunables = {**DEFAULTS, **found[0].facts.tunables, **wish.assumed}
     service = Service(found, Rules(tunables["max_page_sharing"], bool(tunables["use_zero_pages"])))
     ram = meminfo.total_bytes() if wish.ram_bytes is None else wish.ram_bytes

@@ -1,17 +1,24 @@
 """The processes that descend from one, and the environment that a process was started with.
 
 Source: Documentation/filesystems/proc.rst (/proc/PID/task/TID/children), prctl(2)
-PR_SET_CHILD_SUBREAPER.
+PR_SET_CHILD_SUBREAPER and PR_SET_PDEATHSIG, proc_pid_stat(5), getsid(2).
 """
 
 from __future__ import annotations
 
 import os
+import signal
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from dedup import _core
-from dedup.kernel.processes import pids
+from dedup.errors import NoSuchProcess, NotPermitted, OutputFailed
+from dedup.kernel.processes import Handle, pids
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 PROC: Final = Path("/proc")
 
@@ -22,6 +29,67 @@ def adopt_orphans() -> None:
     Children don't inherit this.
     """
     _core.child_subreaper()
+
+
+def die_with_parent(parent: int) -> None:
+    """Be killed when the parent ends; a child calls it, before exec.
+
+    It survives exec, but not that of a setuid program; our children don't inherit it.
+    """
+    _core.parent_death_signal(signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def session(pid: int) -> int | None:
+    """The session of a process; None where it has ended."""
+    try:
+        return os.getsid(pid)
+    except OSError:
+        return None
+
+
+def environment_has(pid: int, word: str, proc: Path = PROC) -> bool:
+    """Whether a process was started with `NAME=VALUE` in its environment."""
+    try:
+        block = (proc / str(pid) / "environ").read_bytes()
+    except OSError:
+        return False  # ended, or another user's
+    return os.fsencode(word) in block.split(b"\0")
+
+
+def program(pid: int, proc: Path = PROC) -> str:
+    """Name of the file that a process runs; empty where it has ended or is another user's."""
+    try:
+        return Path(os.readlink(proc / str(pid) / "exe")).name
+    except OSError:
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """What processes use, all together."""
+
+    pids: frozenset[int]
+    """Those that are no zombies."""
+    anonymous_bytes: int
+    cpu_seconds: float
+    """Of the time that they have lived."""
+
+
+def use(of: Iterable[int], proc: Path = PROC) -> Use:
+    """What some processes use now; those that have ended are left out."""
+    found: set[int] = set()
+    total = ticks = 0
+    for pid in of:
+        with suppress(NoSuchProcess, NotPermitted, OutputFailed), Handle(pid, proc) as handle:
+            if handle.info.state in {"Z", "X"}:
+                continue
+            fields = handle.read("stat").rpartition(b")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+            total += handle.info.anonymous_bytes
+            found.add(pid)
+    return Use(frozenset(found), total, ticks / os.sysconf("SC_CLK_TCK"))
 
 
 def descendants(root: int, proc: Path = PROC) -> list[int]:

@@ -47,6 +47,11 @@ def total_bytes(proc: Path = PROC) -> int:
     return _kilobytes("MemTotal", (proc / "meminfo").read_text())
 
 
+def available_bytes(proc: Path = PROC) -> int:
+    """Memory to be had without swapping, as the kernel guesses it (MemAvailable)."""
+    return _kilobytes("MemAvailable", (proc / "meminfo").read_text())
+
+
 def _kilobytes(name: str, text: str) -> int:
     found = re.search(rf"^{name}: +(\d+) kB", text, re.MULTILINE)
     return int(found[1]) * 1024 if found else 0

@@ -5,17 +5,26 @@ Source: personality(2), ADDR_NO_RANDOMIZE; fs/exec.c reads it at each exec.
 
 from __future__ import annotations
 
-from typing import Final
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
 
 from dedup import _core
 from dedup.errors import NotPermitted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ADDR_NO_RANDOMIZE: Final = 0x0040000
 ASK: Final = 0xFFFFFFFF
 
 
-def no_randomize() -> None:
+def no_randomize() -> int:
     """Have the kernel place the mappings of the next program, and its children's, without chance.
+
+    Returns
+    -------
+    int
+        The personality before.
 
     Raises
     ------
@@ -23,7 +32,8 @@ def no_randomize() -> None:
         A seccomp filter forbids it, as that of most container runtimes does.
     """
     try:
-        _core.personality(_core.personality(ASK) | ADDR_NO_RANDOMIZE)
+        before = _core.personality(ASK)
+        _core.personality(before | ADDR_NO_RANDOMIZE)
         kept = _core.personality(ASK) & ADDR_NO_RANDOMIZE
     except OSError as e:
         raise NotPermitted(
@@ -35,3 +45,19 @@ def no_randomize() -> None:
             "randomisation can't be switched off: personality(2) had no effect here",
             "leave out --no-randomize",
         )
+    return before
+
+
+@contextmanager
+def not_randomized() -> Iterator[None]:
+    """The same for what is started meanwhile.
+
+    Raises
+    ------
+    NotPermitted
+    """
+    before = no_randomize()
+    try:
+        yield
+    finally:
+        _core.personality(before)

@@ -13,7 +13,7 @@ from dedup.estimate import host, store
 from tests.estimate.build import instance
 from tests.estimate.test_instances import two_peaks
 
-from .conftest import EQUAL_PAGES, Dedup, Start
+from .conftest import EQUAL_PAGES, Dedup, Start, on_terminal
 
 SHARED, OWN = 20_000, 1000
 PAGE = 4096
@@ -149,6 +149,15 @@ def test_fixed_addresses_may_hide_layouts(dedup: Dedup, files: list[str]) -> Non
     # Three of one kind are seen by chance in one study of 20 where 63 % are of others.
     assert found["unseen_class_share"] == pytest.approx(1 - 0.05 ** (1 / 3))
     assert "63 %" in found["warnings"][0]["message"]
+
+
+def test_a_pilot_is_proposed_for_what_these_can_not_tell(files: list[str]) -> None:
+    screen = " ".join(on_terminal(["capacity", *files]).screen.split())
+    assert "dedup capacity --pilot 'COMMAND' --settings" in screen
+    for path in map(Path, files):
+        one = store.load(path)
+        store.save(replace(one, facts=replace(one.facts, randomized="none")), path)
+    assert "--pilot" not in on_terminal(["capacity", *files]).screen
 
 
 def test_several_services(dedup: Dedup, files: list[str], tmp_path: Path) -> None:

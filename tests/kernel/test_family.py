@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,62 @@ def test_descendants(monkeypatch: pytest.MonkeyPatch, listed: bool) -> None:
             os.kill(sleeper, 9)
             process.communicate("", timeout=20)
     assert family.descendants(process.pid) == []
+
+
+def test_sessions_environments_and_programs() -> None:
+    with subprocess.Popen(
+        ["cat"], stdin=subprocess.PIPE, start_new_session=True, env={"WORD": "a=b", "PATH": "/bin"}
+    ) as process:
+        pid = process.pid
+        assert family.session(pid) == pid != family.session(os.getpid())
+        assert family.program(pid) == Path("/bin/cat").resolve().name
+        assert family.environment_has(pid, "WORD=a=b")
+        assert not family.environment_has(pid, "WORD=a")
+        process.communicate()
+    assert family.session(pid) is None
+    assert family.program(pid) == ""
+    assert not family.environment_has(pid, "WORD=a=b")
+
+
+def test_what_processes_use() -> None:
+    code = (
+        "import os, sys, time\nkept = os.urandom(32 << 20)\nwhile time.process_time() < 0.5: pass\n"
+        "print(flush=True); sys.stdin.read()"
+    )
+    with (
+        subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as process,
+        subprocess.Popen(["true"]) as zombie,
+    ):
+        assert process.stdout is not None
+        process.stdout.readline()
+        os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
+        found = family.use([process.pid, zombie.pid])
+        assert found.pids == {process.pid}
+        assert 32 << 20 < found.anonymous_bytes < 64 << 20
+        assert 0.4 < found.cpu_seconds < 2
+        process.communicate()
+    assert family.use([process.pid, zombie.pid]) == family.Use(frozenset(), 0, 0.0)
+
+
+def test_a_child_dies_with_its_parent() -> None:
+    code = (
+        "import os, subprocess, sys\n"
+        "from dedup.kernel import family\n"
+        "me = os.getpid()\n"
+        "p = subprocess.Popen(['sleep', '60'], preexec_fn=lambda: family.die_with_parent(me))\n"
+        "print(p.pid, flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        pidfd = os.pidfd_open(child)
+        process.kill()
+        assert select.select([pidfd], [], [], 20)[0]
+        os.close(pidfd)
 
 
 def test_whether_children_are_listed() -> None:
