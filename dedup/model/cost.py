@@ -419,18 +419,20 @@ class _Model:
         whole = int(pages // size)
         step = size / scan.pages if scan.pages else 0.0
         sample = min(whole, _BATCHES)
-        firsts = np.arange(sample, dtype=np.float64) * (whole / sample if sample else 1.0) * step
-        cpu = self._batch_seconds(scan, firsts, firsts + step)
-        last = self._batch_seconds(scan, np.array([whole * step]), np.array([part]))
+        # The last one at the end of the arrays.
+        begin = np.arange(sample + 1, dtype=np.float64) * (whole / sample if sample else 1.0) * step
+        end = begin + step
+        begin[-1], end[-1] = whole * step, part
+        cpu = self._batch_seconds(scan, begin, end)
+        asleep, awake_each = self._with_sleep(cpu), self._awake(cpu)
         each = whole / sample if sample else 0.0
-        asleep, last_asleep = self._with_sleep(cpu), float(self._with_sleep(last).sum())
-        before = float(asleep.sum()) * each
-        cpu_seconds = float(cpu.sum()) * each + float(last.sum())
+        before, last_asleep = float(asleep[:-1].sum()) * each, float(asleep[-1])
+        cpu_seconds = float(cpu[:-1].sum()) * each + float(cpu[-1])
         if sample and pages == whole * size:
             # Nothing is left for the last batch but to find the end.
-            awake = before - float((asleep - self._awake(cpu))[-1])
+            awake = before - float(asleep[-2] - awake_each[-2])
         else:
-            awake = before + float(self._awake(last).sum())
+            awake = before + float(awake_each[-1])
         return Way(cpu_seconds, before + last_asleep, awake)
 
     def _batch_seconds(self, scan: _Scan, begin: F64, end: F64) -> F64:
