@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dedup.kernel import memory, pagemap
+from dedup.kernel import memory, pagemap, processes
 from dedup.pages import FRAME_MASK, Flag, Pages
 from dedup.sources import speed
 from dedup.sources.live import LiveSource, Options
@@ -165,12 +165,16 @@ def test_the_target_stays_as_it_was(target: Target) -> None:
 
 
 def test_arrays_that_were_too_small_count_once(target: Target) -> None:
-    unique(target, "a", 6_000)
-    source = LiveSource([target.pid], Options(sample=0.9, seed=1, threads=2))
-    source._store = memory.Store.of(600)
-    source.first_look()
-    expected = len(pages_of(look(target.pid, rate=None)).hashes)
-    assert source.counts[0][0] == expected
+    start = unique(target, "a", 6_000)
+    sight = pagemap.sight()
+    with processes.of_process(target.pid) as handle:
+        wanted = memory.Target(handle, fast=True, starts=[start], regions=[0], flags=[0])
+        wanted.ends = [start + 6_000 * sight.page_size]
+        store = memory.Store.of(600)
+        found = memory.look([wanted], store, 1, 2, sight, memory.Tally(), rate=0.9)
+    assert len(store.hashes) > 600
+    assert found.counts[0][0] == 6_000
+    assert abs(store.used - 5_400) < 150
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="to become nobody")
