@@ -55,6 +55,11 @@ cdef uint64_t KPF_HEAD_OR_TAIL = (<uint64_t>1 << 15) | (<uint64_t>1 << 16)
 cdef uint64_t KPF_KSM = <uint64_t>1 << 21
 cdef uint64_t KPF_THP = <uint64_t>1 << 22
 
+# What a sample counts of all pages present, read or not: the columns of Job.counts.
+COUNTS = ("present", "exclusive", "ksm", "huge")
+cdef enum:
+    COUNTED = 4
+
 cdef enum:
     UNIT_BYTES = 2 * 1024 * 1024   # what a thread takes at a time
     UNIT_RANGES = 512              # ranges in a unit, at the most
@@ -94,6 +99,7 @@ cdef struct Worker:
     int64_t changed_pages
     int64_t unread_pages
     int64_t bytes
+    int64_t seen[4]   # COUNTS of the unit
 
 
 @cython.final
@@ -127,6 +133,9 @@ cdef class Job:
     prior : tuple of int64 arrays or None
         For a second look, the runs of the first: (offset by target, start, count, first),
         ascending by address within a target.
+    below : int
+        For a sample, what the mixed number of a frame must lie below to be read, of 2**64; 0
+        reads everything. A later look reads what the first one chose.
     """
 
     cdef:
@@ -155,6 +164,8 @@ cdef class Job:
         int64_t overflow, full_at
         int64_t pages_done
         object run_parts
+        uint64_t below, sample_seed
+        int64_t[:, ::1] counted
         readonly int64_t fast_pages, slow_pages, changed_pages, unread_pages, bytes
 
     def __cinit__(self, *args, **kwargs):
@@ -167,7 +178,7 @@ cdef class Job:
                  range_start, range_end, range_target, range_flags, hashes, frames,
                  int64_t used, int64_t zero_frame, int kpageflags_fd, int64_t huge_bytes,
                  bint every_folio,
-                 prior=None):
+                 prior=None, uint64_t below=0):
         if _hash_page == NULL:
             raise RuntimeError("no hash is loaded: call load_hash first")
         self.page_size = page_size
@@ -196,6 +207,10 @@ cdef class Job:
         # A state for each block of physical memory: 0 unknown, 1 no huge page, 2 huge.
         self.block_state = np.zeros(1 << 20, np.uint8)
         self.run_parts = []
+        self.below = below
+        # Not the hash's own seed: what is read must not hang together with what it is.
+        self.sample_seed = _mix64(seed ^ <uint64_t>0x73616D706C65)
+        self.counted = np.zeros((self.pids.shape[0], COUNTED), np.int64)
         self._cut_units()
 
     def _cut_units(self):
@@ -261,6 +276,10 @@ cdef class Job:
     def dead_targets(self):
         """Targets (indices) whose memory could no longer be reached."""
         return np.flatnonzero(np.asarray(self.dead))
+
+    def counts(self):
+        """Pages present by target, shape (targets, 4): those of `COUNTS`; a sample counts alone."""
+        return np.asarray(self.counted)
 
     def forked_targets(self):
         """Targets (indices) where an exclusive page changed its frame while it was read."""
@@ -345,6 +364,8 @@ cdef class Job:
             self.unit_done[u] = 1
             return 0
         n = self._look(w, u, target)
+        if self.below:
+            n = self._choose(w, n, target)
         if n > 0:
             if not flags & T_IN_PLACE:
                 self._read(w, n, target)
@@ -378,6 +399,9 @@ cdef class Job:
                 self.frames[first + i] = w.word[i]
             if self._note_runs(w, n, first) < 0:
                 return -1
+        if self.below:
+            for i in range(COUNTED):
+                dedup_fetch_add(&self.counted[target, i], w.seen[i])
         self.unit_done[u] = 1
         return 0
 
@@ -587,18 +611,10 @@ cdef class Job:
 
     cdef int64_t _compare(self, Worker *w, int64_t n, int64_t target) noexcept nogil:
         """Second look: update pages of the first in place; keep the new ones, give their number."""
-        cdef int64_t i, kept = 0, at, lo = self.prior_offset[target], mid
-        cdef int64_t hi = self.prior_offset[target + 1], page_size = self.page_size
-        cdef int64_t end = hi, r
+        cdef int64_t i, kept = 0, at, page_size = self.page_size
+        cdef int64_t end = self.prior_offset[target + 1], r
         cdef uint64_t a, word
-        # The last run that begins at or below the first address.
-        while lo < hi:
-            mid = (lo + hi) // 2
-            if <uint64_t>self.prior_start[mid] <= w.address[0]:
-                lo = mid + 1
-            else:
-                hi = mid
-        r = lo - 1 if lo > self.prior_offset[target] else lo
+        r = self._prior_run(target, w.address[0])
         for i in range(n):
             a = w.address[i]
             while (r < end and a >= <uint64_t>self.prior_start[r]
@@ -619,6 +635,51 @@ cdef class Job:
                 w.where_range[kept] = w.where_range[i]
                 kept += 1
         return kept
+
+    cdef int64_t _choose(self, Worker *w, int64_t n, int64_t target) noexcept nogil:
+        """Count the candidates, and keep those of the sample; gives their number."""
+        cdef int64_t i, kept = 0, exclusive = 0, ksm = 0, huge = 0, page_size = self.page_size
+        cdef int64_t r = 0, end = 0
+        cdef uint64_t a, word, key, pid = <uint64_t>self.pids[target]
+        cdef int keep
+        if self.second and n:
+            r = self._prior_run(target, w.address[0])
+            end = self.prior_offset[target + 1]
+        for i in range(n):
+            a, word = w.address[i], w.word[i]
+            exclusive += (word & EXCLUSIVE) != 0
+            ksm += (word & KSM) != 0
+            huge += (word & THP) != 0
+            if self.second:
+                # By address: a page that was written to may lie in another frame by now.
+                while (r < end and a >= <uint64_t>self.prior_start[r]
+                       + <uint64_t>(self.prior_count[r] * page_size)):
+                    r += 1
+                keep = r < end and a >= <uint64_t>self.prior_start[r]
+            else:
+                # By frame, so that all mappings of a frame are chosen, or none.
+                key = word & FRAME_MASK
+                if word & HIDDEN:
+                    key = _mix64(pid) ^ (a // <uint64_t>page_size)
+                keep = _mix64(self.sample_seed ^ key) < self.below
+            # No branch: the processor could not foresee it.
+            w.address[kept] = a
+            w.word[kept] = word
+            w.where_range[kept] = w.where_range[i]
+            kept += keep
+        w.seen[0], w.seen[1], w.seen[2], w.seen[3] = n, exclusive, ksm, huge
+        return kept
+
+    cdef int64_t _prior_run(self, int64_t target, uint64_t address) noexcept nogil:
+        """The last run of the earlier look that begins at or below an address, else the first."""
+        cdef int64_t lo = self.prior_offset[target], hi = self.prior_offset[target + 1], mid
+        while lo < hi:
+            mid = (lo + hi) // 2
+            if <uint64_t>self.prior_start[mid] <= address:
+                lo = mid + 1
+            else:
+                hi = mid
+        return lo - 1 if lo > self.prior_offset[target] else lo
 
     cdef int _note_runs(self, Worker *w, int64_t n, int64_t first) noexcept nogil:
         cdef int64_t i = 0, j
@@ -641,6 +702,14 @@ cdef class Job:
             w.n_runs += 1
             i = j
         return 0
+
+
+cdef inline uint64_t _mix64(uint64_t x) noexcept nogil:
+    """A permutation of 64 bits that leaves no pattern: the finalizer of SplitMix64."""
+    x += <uint64_t>0x9E3779B97F4A7C15
+    x = (x ^ (x >> 30)) * <uint64_t>0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * <uint64_t>0x94D049BB133111EB
+    return x ^ (x >> 31)
 
 
 cdef int64_t _pread_all(int fd, void *buf, int64_t size, int64_t offset) noexcept nogil:

@@ -187,6 +187,8 @@ class Look:
     region: I64
     target: I64
     dead: list[int]
+    counts: I64
+    """Of a sample, `_core.COUNTS` of all pages present: shape (targets, 4)."""
 
 
 def look(
@@ -198,11 +200,15 @@ def look(
     tally: Tally,
     prior: Prior | None = None,
     progress: Callable[[int, int], None] | None = None,
+    rate: float | None = None,
 ) -> Look:
     """Read, test and hash the present anonymous pages of some targets.
 
     With `prior` it is a later look: pages known are compared and overwritten in place, and only
-    pages not known before are in the result's runs.
+    pages not known before are in the result's runs. With `rate`, above 0 and below 1, only a
+    sample of the frames is read, the same at every look: a mapping is in it if its frame is
+    (where frames are hidden, each mapping for itself), and a later look reads what the first
+    has read.
 
     Raises
     ------
@@ -251,6 +257,7 @@ def look(
             sight.huge_bytes or sight.page_size,
             sight.every_folio,
             None if prior is None else _prior_arrays(prior, len(targets)),
+            0 if rate is None else max(1, int(rate * (1 << 64))),
         )
         total = (
             sum(e - s for t in targets for s, e in zip(t.starts, t.ends, strict=True))
@@ -283,6 +290,7 @@ def look(
             range_region[which] if len(which) else which,
             range_target[which] if len(which) else which,
             [int(i) for i in job.dead_targets()],
+            job.counts(),
         )
 
 

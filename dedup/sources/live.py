@@ -54,6 +54,8 @@ class Options:
     marked: Mapping[int, Sequence[tuple[int, int]]] = field(default_factory=dict)
     """Processes by pid of which, whatever the scope, only mergeable mappings count and these
     ranges: first address and the one behind the last, page aligned."""
+    sample: float | None = None
+    """Part of the frames to read, above 0 and below 1; None reads all."""
     progress: Callable[[str, int, int], None] | None = None
     """Called with what is under way, done and total."""
 
@@ -88,6 +90,8 @@ class LiveSource:
     tally: memory.Tally = field(default_factory=memory.Tally)
     pages: Pages | None = None
     seed: int = 0
+    counts: dict[int, I64] = field(default_factory=dict)
+    """Of a sample, `_core.COUNTS` of all pages present at the last look, by process (index)."""
     _store: memory.Store | None = None
     _index: dict[int, int] = field(default_factory=dict)
     _chosen: set[int] = field(default_factory=set)
@@ -106,6 +110,11 @@ class LiveSource:
     def lost_any(self) -> bool:
         """Whether a process ended since the first look: the looks are not of the same memory."""
         return bool(self._ended)
+
+    @property
+    def ended(self) -> frozenset[int]:
+        """Processes (indices) that ended since the first look."""
+        return frozenset(self._ended)
 
     def first_look(self) -> Pages:
         """Look for the first time.
@@ -293,7 +302,10 @@ class LiveSource:
             self.tally,
             prior,
             None if progress is None else lambda done, total: progress("pages", done, total),
+            self.options.sample,
         )
+        for i, target in enumerate(targets):
+            self.counts[self._index[target.handle.pid]] = found.counts[i]
         for i, target in enumerate(targets):
             if i in found.dead and not target.handle.alive():
                 self._leave_out(
