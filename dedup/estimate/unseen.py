@@ -1,0 +1,307 @@
+"""Contents that a sample of frames did not see: how often each is there in the whole.
+
+A sample takes each frame with the same chance q, on its own. A content with i frames is then seen
+j times with the chance Bin(i, q)(j), so that the number of contents seen j times, for each j, says
+how many contents with i frames there can be. That is a linear programme (Valiant and Valiant,
+"Estimating the Unseen", STOC 2011; Harnik et al., "Estimating Unseen Deduplication - from Theory to
+Practice", FAST 2016). Here it is used for its range: the lowest and the highest value of a figure
+over all populations that the sample does not speak against.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from dedup.errors import Unsupported
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    F64 = NDArray[np.float64]
+    I64 = NDArray[np.int64]
+
+CONFIDENCE: Final = 0.95
+"""Of each range."""
+TIMES: Final = 6
+"""Contents seen more often than so are counted together, and by their frames."""
+GRID_WHOLE: Final = 32
+GRID_STEP: Final = 1.08
+"""Numbers of frames a content may have: each up to the first, then by this factor."""
+GRID_MOST: Final = 1 << 20
+WIDER: Final = (1.0, 1.5, 2.5)
+"""By how much the limits are moved apart where no population fits them."""
+FEW: Final = 50
+"""Below so many frames a normal distribution does not serve."""
+
+
+def require() -> None:
+    """Import what solves the programme.
+
+    Raises
+    ------
+    Unsupported
+        scipy is missing.
+    """
+    try:
+        import scipy.optimize  # noqa: F401
+    except ImportError as e:
+        raise Unsupported(
+            "an estimate from a sample needs scipy, which is not installed",
+            "`pip install 'dedup-ksm[sample]'`, or leave out `--sample` and `--within` to read "
+            "everything",
+        ) from e
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A figure of the whole: a point estimate and the range around it."""
+
+    low: float
+    point: float
+    high: float
+
+    @classmethod
+    def of(cls, value: float) -> Span:
+        """A figure that is known."""
+        return cls(value, value, value)
+
+    @classmethod
+    def between(cls, low: float, high: float) -> Span:
+        """A range, and its middle."""
+        return cls(low, (low + high) / 2, high)
+
+    def __add__(self, other: Span) -> Span:
+        return Span(self.low + other.low, self.point + other.point, self.high + other.high)
+
+    def __sub__(self, other: Span) -> Span:
+        return Span(self.low - other.high, self.point - other.point, self.high - other.low)
+
+    def times(self, factor: float) -> Span:
+        """By a factor above 0."""
+        return Span(self.low * factor, self.point * factor, self.high * factor)
+
+    def at_least(self, least: float) -> Span:
+        """Nowhere below."""
+        return Span(*(max(least, v) for v in (self.low, self.point, self.high)))
+
+    def at_most(self, most: float) -> Span:
+        """Nowhere above."""
+        return Span(*(min(most, v) for v in (self.low, self.point, self.high)))
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a sample saw.
+
+    Parameters
+    ----------
+    times : int64 array
+        ``times[j - 1]``: contents of which j frames were seen.
+    rate : float
+        Chance of each frame to be in the sample.
+    frames : Span
+        Frames of the whole whose contents these are.
+    """
+
+    times: I64
+    rate: float
+    frames: Span
+
+    @property
+    def contents(self) -> int:
+        """Contents seen."""
+        return int(self.times.sum())
+
+    @property
+    def sampled(self) -> int:
+        """Frames seen."""
+        return int((self.times * np.arange(1, len(self.times) + 1)).sum())
+
+
+def scaled(sampled: int, rate: float, *, square: float | None = None) -> Span:
+    """Frames of the whole of which so many were sampled.
+
+    Parameters
+    ----------
+    sampled : int
+    rate : float
+    square : float, optional
+        Sum of squares, where what was sampled counts more than once each; `sampled` is the sum.
+    """
+    from scipy.special import chdtri, ndtri
+
+    point = sampled / rate
+    if square is not None and square > sampled:
+        wide = -float(ndtri((1 - CONFIDENCE) / 2)) * float(np.sqrt(square * (1 - rate))) / rate
+        # The largest that was seen tells what an unseen one may be.
+        return Span(
+            max(float(sampled), point - wide), point, point + wide + square / sampled / rate
+        )
+    tail = (1 - CONFIDENCE) / 2
+    # The limits of Garwood (Biometrika 28, 1936) for a Poisson mean: wider than the binomial's.
+    low = float(chdtri(2 * sampled, 1 - tail)) / 2 if sampled else 0.0
+    high = float(chdtri(2 * sampled + 2, tail)) / 2
+    return Span(max(float(sampled), low / rate), point, high / rate)
+
+
+@dataclass(slots=True)
+class Unseen:
+    """The populations that a sample does not speak against.
+
+    Parameters
+    ----------
+    seen : Seen
+    limit : int
+        Frames of one content that make one stable node (`max_page_sharing`).
+    """
+
+    seen: Seen
+    limit: int
+    size: F64 = field(init=False)
+    """Frames of a content, one for each variable; the last one is frames beyond the largest."""
+    solved: bool = True
+    """Whether every figure came from the programme; else some are what is certain."""
+    _rows: F64 = field(init=False)
+    _low: F64 = field(init=False)
+    _high: F64 = field(init=False)
+    _wider: int = 0
+
+    def __post_init__(self) -> None:
+        from scipy.special import chdtri, ndtri
+
+        seen, rate = self.seen, self.seen.rate
+        self.size = self._grid()
+        chance = _binomial(self.size, TIMES, rate)
+        times = np.zeros(TIMES)
+        few = seen.times[:TIMES]
+        times[: len(few)] = few
+        often = seen.times[TIMES:]
+        number = np.arange(TIMES + 1, TIMES + 1 + len(often))
+        rows = np.vstack([chance[1:], 1 - chance.sum(0)])
+        observed = np.append(times, often.sum())
+        # All hold at once, with the confidence wanted: each has its part of what may go wrong.
+        tail = (1 - CONFIDENCE) / (len(observed) + 1) / 2
+        z = -float(ndtri(tail))
+        low = np.where(observed > 0, chdtri(np.maximum(2 * observed, 1), 1 - tail) / 2, 0)
+        high = chdtri(2 * observed + 2, tail) / 2
+        # The frames of contents seen often: those that are often there, and a few that happen to
+        # be on the other side of the line.
+        mass = float((often * number).sum())
+        other = 1 - mass / seen.sampled if seen.sampled else 0.0
+        near = float(seen.times[TIMES // 2 : 2 * TIMES].sum())
+        wide = z * np.sqrt(mass * (1 - rate) * other + near * TIMES**2 / 4)
+        beyond = self.size * rate - (np.arange(TIMES + 1)[:, None] * chance).sum(0)
+        few_frames = z * z / 2 if mass < FEW else 0.0
+        self._rows = np.vstack(
+            [np.column_stack([rows, np.zeros(len(rows))]), np.append(beyond, rate)]
+        )
+        self._low = np.append(low, mass - wide - few_frames)
+        self._high = np.append(high, mass + wide + z * z)
+        self.size = np.append(self.size, 1.0)
+
+    def _grid(self) -> F64:
+        rate = self.seen.rate
+        top = (TIMES + 7 * np.sqrt(TIMES) + 40) / rate
+        # So far that `extra nodes` are a straight line beyond it.
+        top = max(top, min(4.0 * self.limit, GRID_MOST))
+        steps = GRID_WHOLE * GRID_STEP ** np.arange(
+            1 + np.log(top / GRID_WHOLE) / np.log(GRID_STEP)
+        )
+        whole = np.arange(1, GRID_WHOLE + 1)
+        beside = [n for n in (self.limit, self.limit + 1) if n < top]
+        return np.unique(np.concatenate([whole, np.round(steps), beside])).astype(np.float64)
+
+    # -- figures -------------------------------------------------------------------------------
+
+    def figure(self, low: F64, high: F64 | None = None) -> Span:
+        """Range of a sum over contents: `low` and `high` for each content of the sizes in `size`.
+
+        Parameters
+        ----------
+        low, high : float64 arrays
+            One entry a variable; one array where both are the same.
+        """
+        high = low if high is None else high
+        if not self.seen.frames.high:
+            return Span.of(0.0)
+        while self._wider < len(WIDER):
+            least, most = self._solve(low), self._solve(-high)
+            if least is not None and most is not None:
+                return Span.between(least, max(least, -most))
+            self._wider += 1
+        self.solved = False
+        return self._certain(low, high)
+
+    def _certain(self, low: F64, high: F64) -> Span:
+        """What holds without the programme: nothing is rarer than once, nor than it was seen."""
+        frames, seen = self.seen.frames, self.seen
+        rest = max(0.0, frames.high - seen.sampled)
+        count = np.arange(1, len(seen.times) + 1)
+        inner = self.size[:-1]
+        at_least = np.array([low[:-1][inner >= min(n, inner[-1])].min() for n in count])
+        at_most = np.array([high[:-1][inner >= min(n, inner[-1])].max() for n in count])
+        each = float(np.max(high / self.size))
+        most = float((seen.times * at_most).sum()) + rest * each
+        return Span.between(float((seen.times * at_least).sum()), min(most, frames.high * each))
+
+    def _solve(self, cost: F64) -> float | None:
+        """The least value of a sum over contents; None where the solver finds none."""
+        from scipy.optimize import linprog
+
+        frames = self.seen.frames
+        # In shares of all frames, so that the numbers are near 1.
+        unit = frames.high / self.size
+        spread = WIDER[self._wider]
+        middle = (self._low + self._high) / 2
+        low = middle - (middle - self._low) * spread
+        high = middle + (self._high - middle) * spread
+        limits = np.concatenate([high, -low])
+        scale = np.maximum(np.abs(limits), 1.0)
+        rows = np.vstack([self._rows, -self._rows]) * unit / scale[:, None]
+        shares = np.ones((1, len(unit)))
+        weight = max(1.0, float(np.abs(cost * unit).max()))
+        found: Any = linprog(
+            cost * unit / weight,
+            A_ub=np.vstack([rows, shares, -shares]),
+            b_ub=np.concatenate([limits / scale, [1.0, -frames.low / frames.high]]),
+            bounds=(0, None),
+            method="highs",
+        )
+        return float(found.fun) * weight if found.status == 0 else None
+
+    def contents(self) -> F64:
+        """Count contents: the vector for `figure`."""
+        return np.append(np.ones(len(self.size) - 1), 0.0)
+
+    def single(self) -> F64:
+        """Count contents with one frame."""
+        return np.asarray(self.size == 1, np.float64) * self.contents()
+
+    def extra_nodes(self) -> tuple[F64, F64]:
+        """Count stable nodes beyond the first of a content, at the least and at the most."""
+        size, limit = self.size[:-1], self.limit
+        line = 1.0 / limit
+        low = np.maximum(0.0, size / limit - 1)
+        high = np.where(size > limit, size / limit, 0.0)
+        return np.append(low, line if size[-1] >= limit else 0.0), np.append(high, line)
+
+    def chained(self) -> F64:
+        """Count contents with more than one stable node."""
+        return np.append(np.asarray(self.size[:-1] > self.limit, np.float64), 0.0)
+
+
+def _binomial(size: F64, most: int, rate: float) -> F64:
+    """Chance to see 0 to `most` of each number of frames: shape (most + 1, len(size))."""
+    from scipy.special import bdtr
+
+    seen = np.arange(most + 1)[:, None]
+    below = np.where(seen < size, bdtr(np.minimum(seen, size), size.astype(np.int64), rate), 1.0)
+    return np.asarray(np.diff(np.vstack([np.zeros((1, len(size))), below]), axis=0))
+
+
+def times_of(count: I64) -> I64:
+    """For each j from 1 on, how many contents have j; `count` is one number a content."""
+    return np.bincount(count, minlength=2)[1:].astype(np.int64)
