@@ -227,7 +227,8 @@ def choose(choice: processes.Choice) -> list[int]:
     return processes.choose(choice)
 
 
-def _tunables() -> dict[str, int | str]:
+def tunables() -> dict[str, int | str]:
+    """The host's tunables; none where its kernel has no KSM."""
     ksm = Ksm()
     try:
         return ksm.tunables()
@@ -285,7 +286,7 @@ class _Looking:
 
     source: LiveSource
     plan: Plan
-    tunables: dict[str, int | str] = field(default_factory=_tunables)
+    tunables: dict[str, int | str] = field(default_factory=tunables)
     """The host's."""
     calibrated: calibration.Stored = field(default_factory=calibration.load)
     rules: Rules = field(init=False)

@@ -43,6 +43,25 @@ class Seconds(click.ParamType):  # type: ignore[type-arg,unused-ignore] # generi
         return seconds
 
 
+class Rate(click.ParamType):  # type: ignore[type-arg,unused-ignore] # generic since 8.5
+    """A part of the whole: 0.1 or 10%."""
+
+    name = "rate"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """The part, above 0 and up to 1."""
+        word = str(value)
+        try:
+            rate = float(word.removesuffix("%")) / (100 if word.endswith("%") else 1)
+        except ValueError:
+            rate = math.nan
+        if not 0 < rate <= 1:
+            self.fail(f"{value!r} is no part of the memory: 0.1 or 10%", param, ctx)
+        return rate
+
+
 DIGITS: Final = 10
 """Of the largest tunable."""
 

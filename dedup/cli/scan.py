@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dedup.cli.options import Seconds, Tunable, chooses_processes, reports, words_of
+from dedup.cli.options import Rate, Seconds, Tunable, chooses_processes, reports, words_of
 from dedup.cli.root import Exemplified
 from dedup.errors import Partial, Usage
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from dedup.cli.output import Output
     from dedup.estimate.key import Key
     from dedup.kernel.processes import Choice
+    from dedup.sampling import Sampled
+    from dedup.scanning import Plan
 
 LABEL_MOST = 64
 """Characters of a service's name."""
@@ -27,6 +29,7 @@ LABEL_MOST = 64
         ("dedup scan --name 'redis*'", "in several, and between them"),
         ("dedup scan --all --by unit", "which services are worth it"),
         ("dedup scan --pid 1234 --json", "the same for programs"),
+        ("dedup scan --all --sample 10%", "an estimate from a tenth of it, with its range"),
         ("dedup scan --core core.1 --core core.2", "in core files, and between them"),
         (
             "dedup scan --tree 1234 --save web-1.dedup",
@@ -87,6 +90,14 @@ LABEL_MOST = 64
     help="Contents to show, those that free the most: 5 by default, 10 with --json, 0 for none.",
 )  # fmt: skip
 @click.option(
+    "--sample", "rate", type=Rate(), metavar="RATE",
+    help="Read this part alone, 0.1 or 10%, and estimate the whole, with a range.",
+)  # fmt: skip
+@click.option(
+    "--within", type=Seconds(), metavar="SECONDS",
+    help="Read as much as fits into this time: everything, or a sample.",
+)  # fmt: skip
+@click.option(
     "--save", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
     help="Keep fingerprints, for `dedup capacity`: all chosen processes are one instance.",
 )  # fmt: skip
@@ -115,6 +126,8 @@ def command(
     seed: int | None,
     threads: int | None,
     top: int | None,
+    rate: float | None,
+    within: float | None,
     save: Path | None,
     label: str | None,
     key_file: Path | None,
@@ -136,6 +149,12 @@ def command(
 
     options = {"core": cores, "image": images, "criu": criu}
     files = [(kind, path) for kind, paths in options.items() for path in paths]
+    if rate is not None or within is not None:
+        _only_what_a_sample_tells(
+            {"--sample and --within": rate is not None and within is not None},
+            {"--core, --image and --criu": bool(files), "--save": save is not None,
+             "--by": by is not None, "--top": top is not None},
+        )  # fmt: skip
     if files and save:
         raise Usage(
             "--save keeps the fingerprints of live processes, not of files",
@@ -143,6 +162,7 @@ def command(
         )
     key = _key(save, label, key_file, seed)
     pids = [] if files and not choice else scanning.choose(choice)
+    sample = None
     with output.progress() as progress:
         plan = scanning.Plan(
             options=Options(
@@ -156,7 +176,14 @@ def command(
             full_scan_seconds=full_scan,
             assumed=dict(assumed),
         )
-        scan = scanning.scan_files(files, pids, plan) if files else scanning.scan_pids(pids, plan)
+        if rate is not None or within is not None:
+            sample = _sample(pids, plan, rate, within, output)
+        if sample is None:
+            scan = (
+                scanning.scan_files(files, pids, plan) if files else scanning.scan_pids(pids, plan)
+            )
+    if sample is not None:
+        return _show_sample(sample, output, words_of(choice), verbose=verbose)
     if key and save:
         from dedup.estimate import fingerprints, store
 
@@ -180,6 +207,61 @@ def command(
         return 0
     output.note(f"dedup: done in part: {text.partial(scan)}")
     return Partial.exit_status
+
+
+def _only_what_a_sample_tells(twice: dict[str, bool], other: dict[str, bool]) -> None:
+    """Refuse options that a sample has nothing for."""
+    for words, given in twice.items():
+        if given:
+            raise Usage(f"{words} both say how much to read", "leave out one of them")
+    for words, given in other.items():
+        if given:
+            raise Usage(
+                f"{words} {'do' if ' ' in words else 'does'} not go with a sample: it takes all "
+                "of the memory of live processes",
+                "leave it out, or leave out `--sample` and `--within`",
+            )
+
+
+def _sample(
+    pids: list[int],
+    plan: Plan,
+    rate: float | None,
+    within: float | None,
+    output: Output,
+) -> Sampled | None:
+    """Scan a sample; None where everything is as quick, or fits."""
+    from dataclasses import replace
+
+    from dedup import sampling
+    from dedup.estimate.sampled import RATE_MOST
+
+    if within is not None:
+        sampling.require()
+        rate = sampling.rate_within(pids, plan, within)
+        if rate is None:
+            plan.interval_seconds = sampling.interval_within(plan, within)
+            output.note(f"dedup: everything is read: that fits into {within:g} s")
+            return None
+    assert rate is not None
+    if rate > RATE_MOST:
+        output.note(f"dedup: everything is read: above {RATE_MOST:.0%} a sample is no quicker")
+        return None
+    return sampling.sample_pids(pids, rate, replace(plan), within)
+
+
+def _show_sample(scan: Sampled, output: Output, choice: str, *, verbose: bool) -> int:
+    from dedup.report import jsonout
+    from dedup.report.sampled import SampleView
+
+    if output.json:
+        output.result(jsonout.sample_object(scan))
+    else:
+        view = SampleView(
+            scan, verbose=verbose, width=output.width, plain=output.plain, choice=choice
+        )
+        output.show(*view.result())
+    return 0 if scan.complete else Partial.exit_status
 
 
 def _key(

@@ -15,10 +15,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from dedup.errors import Told
+    from dedup.kernel.memory import Tally
+    from dedup.model.merge import Prediction
     from dedup.model.smart import SmartScan
     from dedup.pages import Process, Region, Skipped
     from dedup.report.summary import By, Service, StoredPages
     from dedup.report.why import Part, Top, Why
+    from dedup.sampling import Sampled
     from dedup.scanning import Scan
 
 SCHEMA_VERSION: Final = 1
@@ -107,20 +110,66 @@ def scan_object(scan: Scan, by: By | None = None, top: int = TOP) -> dict[str, A
     return data
 
 
+def sample_object(scan: Sampled) -> dict[str, Any]:
+    """A scan of a sample: as a scan, without what a sample can't tell."""
+    from dedup.report import price
+
+    pages, tally, found = scan.pages, scan.tally, scan.estimate
+    frames = found.frames
+    return envelope(
+        "scan",
+        host=host_object(scan.kernel, pages.page_size, scan.tunables),
+        scan={
+            "pages": scan.present.pages,
+            "frames": round(frames.point)
+            if frames.low == frames.high and pages.frames_known
+            else None,
+            "bytes": scan.present.pages * pages.page_size,
+            "seconds": scan.seconds,
+            "scope": scan.scope,
+            "passes": pages.looks,
+            "assumed_tunables": scan.assumed,
+            "interval_seconds": scan.interval_seconds,
+            "full_scan_seconds": scan.full_scan_seconds,
+            "looks_seconds": scan.looks_seconds,
+            "drifting": None,
+            "extrapolated": False,
+            "hash": "xxh3_64",
+            "seed": scan.seed,
+            "reader": _reader(tally, pagemap_scan=scan.pagemap_scan),
+            "complete": scan.complete,
+            "skipped": _skipped(scan),
+            "sources": [],
+            "sample": {
+                "rate": scan.rate,
+                "within_seconds": scan.within_seconds,
+                "pages": len(pages.hashes),
+                "frames": found.sampled_frames,
+                "contents_seen": found.contents_seen,
+                "confidence": found.confidence,
+                "point": found.point,
+                "solved": found.solved,
+            },
+        },
+        prediction=_prediction(found.prediction, None),
+        smart_scan=None,
+        cost=None if scan.cost is None else {**price.cost_object(scan.cost), "proposals": []},
+        processes=[
+            _process(p, n, prediction, {})
+            for p, n, prediction in zip(
+                pages.processes, scan.by_process.tolist(), found.prediction.processes, strict=True
+            )
+        ],
+        regions=[],
+        why_not_more=[],
+        top_contents=[],
+    )
+
+
 def _scan_part(scan: Scan) -> dict[str, Any]:
     from dedup.report import summary
 
     tally = scan.tally
-    skipped = [skipped_object(s) for s in scan.pages.skipped]
-    if tally.unread_pages:
-        skipped.append(
-            {
-                "pid": None,
-                "what": "pages that could not be read",
-                "code": "unread",
-                "pages": tally.unread_pages,
-            }
-        )
     return {
         "pages": scan.scanned_pages,
         "frames": summary.distinct_frames(scan.pages),
@@ -136,22 +185,41 @@ def _scan_part(scan: Scan) -> dict[str, Any]:
         "extrapolated": scan.extrapolated,
         "hash": "xxh3_64",
         "seed": scan.seed,
-        "reader": {
-            "threads": tally.threads,
-            "hash_source": tally.hash_source,
-            "pagemap_scan": scan.pagemap_scan,
-            "process_vm_readv_pages": tally.process_vm_readv_pages,
-            "proc_mem_pages": tally.proc_mem_pages,
-            "in_place_pages": tally.in_place_pages,
-            "unread_pages": tally.unread_pages,
-            "sharing_lost_pages": tally.sharing_lost_pages,
-            "forking_processes": tally.forking_processes,
-            "read_bytes": tally.bytes_read,
-        },
+        "reader": _reader(tally, pagemap_scan=scan.pagemap_scan),
         "complete": scan.complete,
-        "skipped": skipped,
+        "skipped": _skipped(scan),
         "sources": [_source(s) for s in summary.sources(scan.pages)],
+        "sample": None,
     }
+
+
+def _reader(tally: Tally, *, pagemap_scan: bool) -> dict[str, Any]:
+    return {
+        "threads": tally.threads,
+        "hash_source": tally.hash_source,
+        "pagemap_scan": pagemap_scan,
+        "process_vm_readv_pages": tally.process_vm_readv_pages,
+        "proc_mem_pages": tally.proc_mem_pages,
+        "in_place_pages": tally.in_place_pages,
+        "unread_pages": tally.unread_pages,
+        "sharing_lost_pages": tally.sharing_lost_pages,
+        "forking_processes": tally.forking_processes,
+        "read_bytes": tally.bytes_read,
+    }
+
+
+def _skipped(scan: Scan | Sampled) -> list[dict[str, Any]]:
+    skipped = [skipped_object(s) for s in scan.pages.skipped]
+    if scan.tally.unread_pages:
+        skipped.append(
+            {
+                "pid": None,
+                "what": "pages that could not be read",
+                "code": "unread",
+                "pages": scan.tally.unread_pages,
+            }
+        )
+    return skipped
 
 
 def _source(source: StoredPages) -> dict[str, Any]:
@@ -178,14 +246,17 @@ def _bounds(bounds: Mapping[str, tuple[int, int]]) -> dict[str, list[int]]:
 
 def prediction_object(scan: Scan) -> dict[str, Any]:
     """The counters once ksmd has converged."""
+    return _prediction(scan.prediction, scan.overstated_most_pages)
+
+
+def _prediction(prediction: Prediction, overstated_most_pages: int | None) -> dict[str, Any]:
     from dedup.model.merge import FIELDS
 
-    prediction = scan.prediction
     data: dict[str, Any] = {name: getattr(prediction, name) for name in FIELDS}
     bounds = dict(prediction.bounds)
-    data["overstated_pages"] = None if scan.overstated_most_pages else scan.overstated_most_pages
-    if scan.overstated_most_pages:
-        bounds["overstated_pages"] = (0, scan.overstated_most_pages)
+    data["overstated_pages"] = None if overstated_most_pages else overstated_most_pages
+    if overstated_most_pages:
+        bounds["overstated_pages"] = (0, overstated_most_pages)
     data["bounds"] = _bounds(bounds)
     data["breakdown"] = {
         "zero_pages": prediction.breakdown.zero_pages,

@@ -1,0 +1,319 @@
+"""A scan of a sample: what it chooses, when it looks, and what it says of the whole."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import platform
+import threading
+import time
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from dedup import calibration, scanning
+from dedup.errors import NoSuchProcess, Refused, Usage
+from dedup.estimate import sampled, unseen
+from dedup.estimate.sampled import RATE_LEAST, RATE_MOST, Present
+from dedup.kernel import ksmd, memory, numa, pagemap, processes
+from dedup.model import cost, steady
+from dedup.sources import speed
+from dedup.sources.live import LiveSource, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dedup.estimate.sampled import Estimate
+    from dedup.kernel.memory import Tally
+    from dedup.model.cost import Cost
+    from dedup.model.merge import Prediction, Rules
+    from dedup.pages import I64, Pages
+    from dedup.scanning import Plan
+    from dedup.sources.speed import Speed
+
+OVERHEAD_SECONDS: Final = 0.5
+"""Of the time allowed, for all that is not reading: start, measurement, model."""
+ESTIMATE_SECONDS: Final = 0.5
+"""Of a sample, besides: scipy's import and the estimate."""
+CAUTION: Final = 0.75
+"""Of the time allowed, for a machine that is busier than it was a moment ago."""
+LOOKS: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A finished scan of a sample."""
+
+    kernel: str
+    tunables: dict[str, int | str]
+    pages: Pages
+    """Those read."""
+    present: Present
+    """All, at the last look."""
+    by_process: I64
+    """Pages present, of each process."""
+    estimate: Estimate
+    rules: Rules
+    tally: Tally
+    rate: float
+    """Chance of a frame to be in the sample."""
+    within_seconds: float | None
+    seed: int
+    seconds: float
+    looks_seconds: list[float]
+    """When each look began, after the first."""
+    full_scan_seconds: float
+    scope: str
+    pagemap_scan: bool
+    cost: Cost | None
+    """Of the point estimate."""
+    assumed: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def prediction(self) -> Prediction:
+        """The counters: ranges, but for what pagemap tells."""
+        return self.estimate.prediction
+
+    @property
+    def interval_seconds(self) -> float | None:
+        """The longest time between looks; None after one."""
+        times = self.looks_seconds
+        return max((b - a for a, b in itertools.pairwise(times)), default=None)
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing chosen was left out."""
+        return not any(s.amiss for s in self.pages.skipped) and not self.tally.unread_pages
+
+
+def check(rate: float) -> None:
+    """Say what is wrong with a rate; above `RATE_MOST` everything is read, which is no error.
+
+    Raises
+    ------
+    Usage, Refused
+    """
+    if not 0 < rate <= 1:
+        raise Usage(
+            f"--sample takes a part of the memory, above 0 up to 1, not {rate:g}",
+            "`--sample 10%` or `--sample 0.1`",
+        )
+    if rate < RATE_LEAST:
+        raise Refused(
+            f"of a sample below {RATE_LEAST:.0%} nothing certain follows: copies hardly meet in it",
+            f"`--sample {RATE_LEAST:.0%}` at the least; from 10% on the range is of use",
+        )
+
+
+def require() -> None:
+    """See whether what estimates is there, before the work of a scan.
+
+    Raises
+    ------
+    Unsupported
+        scipy is not installed.
+    """
+    if importlib.util.find_spec("scipy") is None:
+        unseen.require()
+
+
+def rate_within(pids: Sequence[int], plan: Plan, seconds: float) -> float | None:
+    """The rate at which all looks are over within a time; None where all can be read.
+
+    Parameters
+    ----------
+    pids : sequence of int
+    plan : Plan
+        Its looks share the time.
+    seconds : float
+        From the start until the answer; looks that are to lie further apart don't fit in.
+
+    Raises
+    ------
+    Refused
+        Not even the smallest sample fits.
+    """
+    looks = plan.passes or LOOKS
+    if plan.interval_seconds is not None and plan.interval_seconds * (looks - 1) >= seconds:
+        raise Usage(
+            f"{looks} looks {plan.interval_seconds:g} s apart do not fit into {seconds:g} s",
+            "leave out `--interval`, or give more time",
+        )
+    sight = pagemap.sight()
+    total = 0
+    for pid in pids:
+        try:
+            with processes.of_process(pid) as handle:
+                total += handle.info.anonymous_bytes
+        except NoSuchProcess:
+            continue
+    pages = total // sight.page_size
+    found = speed.measure(sight, plan.options.threads or memory.default_threads())
+    return rate_at(found, pages, looks, seconds)
+
+
+def rate_at(found: Speed, pages: int, looks: int, seconds: float) -> float | None:
+    """The rate at which so many looks at so many pages fit into a time, at a speed.
+
+    None where all can be read.
+
+    Raises
+    ------
+    Refused
+        Not even the smallest sample fits.
+    """
+    if found.seconds(pages) <= (seconds - OVERHEAD_SECONDS) * CAUTION / looks:
+        return None
+    overhead = OVERHEAD_SECONDS + ESTIMATE_SECONDS
+    rate = found.rate(pages, (seconds - overhead) * CAUTION / looks)
+    if rate < RATE_LEAST:
+        least = found.seconds(pages, RATE_LEAST) * looks / CAUTION + overhead
+        raise Refused(
+            f"{seconds:g} s are too short for {pages:,} pages here: not even {RATE_LEAST:.0%} of "
+            "them could be read",
+            f"`--within {np.ceil(least * 10) / 10:g}`, fewer processes, or `--passes 1`",
+        )
+    return min(rate, RATE_MOST)
+
+
+def interval_within(plan: Plan, seconds: float) -> float:
+    """How far apart looks may begin, so that all are over within a time."""
+    if plan.interval_seconds is not None:
+        return plan.interval_seconds
+    return seconds * CAUTION / (plan.passes or LOOKS)
+
+
+def sample_pids(
+    pids: Sequence[int], rate: float, plan: Plan | None = None, within: float | None = None
+) -> Sampled:
+    """Scan a sample of live processes.
+
+    Parameters
+    ----------
+    pids : sequence of int
+    rate : float
+        Part of the frames to read.
+    plan : Plan, optional
+    within : float, optional
+        Seconds that the looks may lie apart at the most, where the plan does not say.
+
+    Raises
+    ------
+    NoSuchProcess, NoMemory, NotPermitted, ProcessGone
+        As `dedup.scanning.scan_pids`.
+    Refused
+        No honest estimate can be made.
+    Unsupported
+        scipy is missing.
+    """
+    plan = plan or scanning.Plan()
+    check(rate)
+    if plan.passes is not None and plan.passes < 1:
+        raise Usage("--passes takes a number from 1 on")
+    require()
+    begin = time.monotonic()
+    # Its import takes half a second: beside the reading, then.
+    threading.Thread(target=unseen.require, daemon=True).start()
+    tunables = scanning.tunables()
+    assumed = {**tunables, **plan.assumed}
+    rules = scanning.rules_of(assumed)
+    if not rules.merge_across_nodes and numa.nodes() is not None:
+        raise Refused(
+            "with merge_across_nodes 0 a content is another one on each node, and a sample can't "
+            "tell how they are spread",
+            "leave out `--sample` and `--within`",
+        )
+    source = LiveSource(list(pids), replace(plan.options, sample=rate))
+    pages = source.first_look()
+    if any(p.pinned_bytes for p in pages.processes):
+        raise Refused(
+            "a process has pinned memory (VmPin): which contents that blocks, a sample can't tell",
+            "leave out `--sample` and `--within`, or that process",
+        )
+    began = [begin]
+    chosen = sampled.choose(pages, _present(source), rate)
+    full_scan = plan.full_scan_seconds or _full_scan(chosen.present.pages, assumed)
+    interval = plan.interval_seconds
+    if interval is None:
+        interval = max(
+            steady.INTERVAL_LEAST_SECONDS,
+            min(steady.INTERVAL_MOST_SECONDS, steady.STEADY_FACTOR * full_scan),
+        )
+        if within is not None:
+            interval = min(interval, interval_within(plan, within))
+    for _ in range((plan.passes or LOOKS) - 1):
+        wait_until(began[-1] + interval, plan.options.progress)
+        began.append(time.monotonic())
+        pages = source.look_again()
+    unseen.require()
+    present, sight = _present(source), source.sight
+    by_process = np.array(
+        [source.counts.get(i, np.zeros(1, np.int64))[0] for i in range(len(pages.processes))],
+        np.int64,
+    )
+    estimate = sampled.estimate(
+        pages,
+        chosen,
+        present,
+        by_process,
+        rules,
+        pagemap.mappings_of if sight.kpagecount else None,
+    )
+    return Sampled(
+        kernel=platform.release(),
+        tunables=tunables,
+        pages=pages,
+        present=present,
+        by_process=by_process,
+        estimate=estimate,
+        rules=rules,
+        tally=source.tally,
+        rate=rate,
+        within_seconds=within,
+        seed=source.seed,
+        seconds=time.monotonic() - begin,
+        looks_seconds=[t - begin for t in began],
+        full_scan_seconds=full_scan,
+        scope=plan.options.scope,
+        pagemap_scan=sight.pagemap_scan,
+        cost=_cost(estimate, assumed),
+        assumed=dict(plan.assumed),
+    )
+
+
+def _present(source: LiveSource) -> Present:
+    """All pages, read or not; of processes that ended none."""
+    assert source.pages is not None
+    alive = [source.counts[i] for i in source.counts if i not in source.ended]
+    return Present(*(int(n) for n in np.sum(alive, axis=0))) if alive else Present()
+
+
+def _full_scan(pages: int, tunables: dict[str, int | str]) -> float:
+    """Time of ksmd's full scan over so many pages, as if none of them merged."""
+    assumed = {**tunables, "smart_scan": 0}
+    if not int(assumed.get("pages_to_scan", scanning.DEFAULT_PAGES_TO_SCAN)):
+        assumed["pages_to_scan"] = scanning.DEFAULT_PAGES_TO_SCAN
+    settings = cost.Settings.of(assumed, ksmd.tick_seconds())
+    load = cost.Load(pages_shared=0, pages_sharing=0, pages_unshared=pages)
+    return cost.price(load, settings, calibration.load().calibration).full_scan_seconds
+
+
+def _cost(estimate: Estimate, tunables: dict[str, int | str]) -> Cost | None:
+    """The price of the point estimate."""
+    settings = cost.Settings.of(tunables, ksmd.tick_seconds())
+    if not settings.pages_to_scan:
+        return None
+
+    def middle(name: str) -> int:
+        value = getattr(estimate.prediction, name)
+        return int(estimate.point.get(name, 0) if value is None else value)
+
+    load = cost.Load(
+        pages_shared=middle("pages_shared"),
+        pages_sharing=middle("pages_sharing"),
+        pages_unshared=middle("pages_unshared"),
+        pages_volatile=middle("pages_volatile"),
+        ksm_zero_pages=middle("ksm_zero_pages"),
+    )
+    return cost.price(load, settings, calibration.load().calibration)
