@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 
 from dedup.estimate import fingerprints, key, store
 from dedup.estimate.curve import Service
-from dedup.estimate.instances import Rules
+from dedup.estimate.rules import Rules
 from dedup.report.summary import distinct_frames
 from dedup.scanning import Plan, scan_pids
 from dedup.sources.live import Options

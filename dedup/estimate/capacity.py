@@ -11,7 +11,7 @@ from dedup.estimate import host, store, stress
 from dedup.estimate.curve import LEAST, Service
 from dedup.estimate.host import Memory
 from dedup.estimate.instances import LEAST as INSTANCES_LEAST
-from dedup.estimate.instances import Rules
+from dedup.estimate.rules import Rules
 from dedup.kernel import ksmd, meminfo
 from dedup.model import cost
 

@@ -10,7 +10,7 @@ from dedup.estimate import stress
 from dedup.estimate.curve import LEAST
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterable
 
     from dedup.estimate.curve import Point, Service
 
@@ -69,14 +69,14 @@ def fit(service: Service, memory: Memory, least: int = LEAST) -> tuple[list[Poin
         most = min(2 * most, INSTANCES_MOST)
         points = service.curve(most)
 
-    def largest(need: Callable[[Point], int]) -> int:
-        return next((p.instances - 1 for p in points if need(p) > budget), most)
+    def largest(need: Iterable[int]) -> int:
+        return next((n for n, b in enumerate(need) if b > budget), most)
 
     found = Fits(
-        without_ksm=largest(lambda p: p.without_ksm_bytes),
-        with_ksm=largest(lambda p: p.bytes),
-        low=largest(lambda p: p.high_bytes),
-        high=largest(lambda p: p.low_bytes),
-        safe=largest(lambda p: stress.worst_bytes(service, p)),
+        without_ksm=largest(p.without_ksm_bytes for p in points),
+        with_ksm=largest(p.bytes for p in points),
+        low=largest(p.high_bytes for p in points),
+        high=largest(p.low_bytes for p in points),
+        safe=largest(stress.worst_bytes(service, points)),
     )
     return points[: max(LEAST, least, found.with_ksm)], found

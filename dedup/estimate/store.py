@@ -1,7 +1,8 @@
 """Files of fingerprints: Parquet, one instance each; no byte of a page is in them.
 
 A file may come from anywhere. What is read from it is checked whole before use, and takes memory
-in proportion to the file: a fingerprint is 8 bytes that no compression makes fewer.
+in proportion to the file: n ascending fingerprints are 64 - log2(n) random bits each, which no
+compression makes fewer.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ COLUMNS: Final = {
 }
 ROW_GROUP: Final = 1 << 20
 BATCH: Final = 1 << 16
+ROW_BYTES: Final = 4
+"""Of a file, for a row, at the least: so much keep the fingerprints of 32 TiB."""
 METADATA_MOST: Final = 1 << 16
 """Bytes, and items of a list, that a file's own head may have."""
 PAGE_SIZES: Final = (4096, 8192, 16384, 65536)
@@ -155,7 +158,7 @@ def _read(pq: ModuleType, file: Any, size: int, path: Path) -> Instance:
     kinds = {f.name: str(f.type) for f in schema}
     if kinds != COLUMNS or len(schema) != len(COLUMNS):
         raise ValueError("its columns are others")
-    if facts.pop("rows") != rows or not 0 <= rows <= size // 8:
+    if facts.pop("rows") != rows or not 0 <= rows <= size // ROW_BYTES:
         raise ValueError("it has another number of rows than it says")
     for g in range(parquet.metadata.num_row_groups):
         group = parquet.metadata.row_group(g)

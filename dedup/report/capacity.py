@@ -40,7 +40,7 @@ def capacity_object(plan: Plan) -> dict[str, Any]:
     """A plan whole."""
     service = plan.service
     i = service.incidence
-    exponent = i.heaps_exponent
+    exponent = i.exponent()
     return envelope(
         "capacity",
         label=lossless(plan.label),

@@ -94,7 +94,7 @@ def test_frames_that_fork_shares(target: Target) -> None:
 def test_frames_are_those_that_the_model_counts(target: Target) -> None:
     """Alone, an instance needs its frames less those that the scan's prediction frees."""
     from dedup.estimate.instances import Incidence
-    from dedup.estimate.instances import Rules as Kept
+    from dedup.estimate.rules import Rules as Kept
 
     scan = scanned(target.pid)
     found = fingerprints.of_scan(scan, KEY)

@@ -8,7 +8,7 @@ from dedup.estimate import host, stress
 from dedup.estimate.curve import LEAST, Service
 from dedup.estimate.fingerprints import Instance
 from dedup.estimate.host import Memory, fit, parse_size
-from dedup.estimate.instances import Rules
+from dedup.estimate.rules import Rules
 
 from .build import instance
 from .test_instances import two_peaks
@@ -63,8 +63,8 @@ def test_the_last_that_fits_fits_and_the_next_does_not() -> None:
     ):  # fmt: skip
         assert getattr(curve[number - 1], name) <= memory.budget_bytes
         assert getattr(curve[number], name) > memory.budget_bytes
-    assert stress.worst_bytes(service, curve[fits.safe - 1]) <= memory.budget_bytes
-    assert stress.worst_bytes(service, curve[fits.safe]) > memory.budget_bytes
+    worst = stress.worst_bytes(service, curve)
+    assert worst[fits.safe - 1] <= memory.budget_bytes < worst[fits.safe]
     assert len(points) == max(LEAST, fits.with_ksm)
 
 

@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dedup.errors import Usage
+from dedup.estimate import instances, join
 from dedup.estimate.fingerprints import Instance
-from dedup.estimate.instances import Counts, Incidence, Rules, kept
+from dedup.estimate.instances import Incidence
+from dedup.estimate.rules import Counts, Rules, kept
 from dedup.model.fate import closed_form
 
 from .build import Row, counted, instance
@@ -129,7 +131,7 @@ def test_what_is_new_gets_less_by_a_power() -> None:
     i = Incidence([instance(n, r) for n, r in enumerate(layouts)], RULES)
     new, before = i.rarefied(4) - i.rarefied(3), i.rarefied(3) - i.rarefied(2)
     alpha = math.log(before / new) / math.log(4 / 3)
-    assert i.heaps_exponent == pytest.approx(alpha)
+    assert i.exponent() == pytest.approx(alpha)
     assert alpha > 0
     expected = 100 + sum(new * (j / 4) ** -alpha for j in range(5, 11))
     point = i.curve(10)[-1]
@@ -214,3 +216,35 @@ def test_an_instance_without_contents() -> None:
 def test_too_many() -> None:
     with pytest.raises(Usage, match="65 instances"):
         Incidence(two_peaks(65, 1, 1), RULES)
+
+
+@given(services(), rules, st.integers(1, 7))
+def test_pieces_make_no_difference(seen: list[Instance], rules: Rules, rows: int) -> None:
+    whole = Incidence(seen, rules)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(join, "PIECE_ROWS", rows)
+        patch.setattr(join, "PATTERNS_MOST", 3)
+        pieces = Incidence(seen, rules)
+    numbers = np.arange(1, 20)
+    assert pieces.curve(20) == whole.curve(20)
+    assert pieces.nodes(numbers) == pytest.approx(whole.nodes(numbers))
+    assert pieces.fork_shared(numbers) == pytest.approx(whole.fork_shared(numbers))
+    assert pieces.private.tolist() == whole.private.tolist()
+
+
+def test_many_patterns_take_lines_between_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Each content with a number of mappings of its own.
+    layout = {c: (c + 1, c + 1) for c in range(300)}
+    seen = [instance(i, layout) for i in range(3)]
+    exact = [p.frames for p in Incidence(seen, RULES).curve(200)]
+    monkeypatch.setattr(instances, "GROWTH_MOST", 300 * 20)
+    monkeypatch.setattr(instances, "CELLS_MOST", 1000)
+    found = [p.frames for p in Incidence(seen, RULES).curve(200)]
+    assert found == pytest.approx(exact, rel=0.01)
+
+
+def test_few_subsets_where_each_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(instances, "MASKS_MOST", 1)
+    i = Incidence(two_peaks(8, 50, 5), RULES)
+    assert len(i.subsets([4])) == instances.SUBSETS_LEAST
+    assert [p.frames for p in i.curve(8)] == [50 + 5 * n for n in range(1, 9)]

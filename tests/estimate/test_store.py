@@ -183,6 +183,18 @@ def test_few_bytes_that_claim_many_rows(saved: Path) -> None:
         store.load(saved)
 
 
+def test_many_rows(tmp_path: Path) -> None:
+    """The more fingerprints there are, the fewer bits of each are random: they compress."""
+    names = np.unique(np.random.default_rng(3).integers(0, 1 << 64, 1 << 20, np.uint64))
+    one, path = some(), tmp_path / "many.dedup"
+    counts = np.ones(len(names), np.uint32)
+    contents = Contents(names, counts, counts, 0 * counts, 0 * counts, counts.astype(np.uint8) * 0)
+    facts = dataclasses.replace(one.facts, scanned_pages=len(names) + one.facts.volatile_pages)
+    store.save(Instance(facts, contents), path)
+    assert path.stat().st_size < 8 * len(names)
+    assert len(store.load(path).contents) == len(names)
+
+
 def test_what_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="can't open"):
         store.load(tmp_path / "none")
