@@ -88,7 +88,8 @@ LABEL_MOST = 64
 )  # fmt: skip
 @click.option(
     "--save", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
-    help="Keep fingerprints, for `dedup capacity`: all chosen processes are one instance.",
+    help="Keep fingerprints, for `dedup capacity`: all chosen processes and files are one "
+    "instance.",
 )  # fmt: skip
 @click.option(
     "--label", metavar="NAME", help="Of the service, with --save; else the processes' name."
@@ -136,11 +137,6 @@ def command(
 
     options = {"core": cores, "image": images, "criu": criu}
     files = [(kind, path) for kind, paths in options.items() for path in paths]
-    if files and save:
-        raise Usage(
-            "--save keeps the fingerprints of live processes, not of files",
-            "choose processes: `dedup scan --tree 1234 --save FILE`",
-        )
     key = _key(save, label, key_file, seed)
     pids = [] if files and not choice else scanning.choose(choice)
     with output.progress() as progress:

@@ -9,6 +9,7 @@ from dedup import calibration
 from dedup.errors import Usage
 from dedup.estimate import host, store, stress
 from dedup.estimate.curve import LEAST, Service
+from dedup.estimate.fingerprints import LIVE, MIXED, UNKNOWN
 from dedup.estimate.host import Memory
 from dedup.estimate.instances import LEAST as INSTANCES_LEAST
 from dedup.estimate.rules import Rules
@@ -27,6 +28,13 @@ if TYPE_CHECKING:
 
 DEFAULTS: Final = {"max_page_sharing": 256, "use_zero_pages": 0, "merge_across_nodes": 1}
 """The kernel's, where a scan was taken without KSM."""
+
+
+FILES_LACK: Final = (
+    "do not tell what changes, what fork shares, what lies in huge pages, nor page tables, shared "
+    "memory and pages of files: all pages count as lasting, with frames of their own, and the "
+    "rest as nothing; zeros may be memory that was never touched"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +107,8 @@ def plan(paths: Sequence[Path], wish: Wish) -> Plan:
         The files are of several services, none of the one asked for, or too many.
     """
     found = _of_service(store.load_all(paths), wish.label)
-    tunables = {**DEFAULTS, **found[0].facts.tunables, **wish.assumed}
+    told = next((i.facts.tunables for i in found if i.facts.tunables), {})
+    tunables = {**DEFAULTS, **told, **wish.assumed}
     service = Service(found, Rules(tunables["max_page_sharing"], bool(tunables["use_zero_pages"])))
     ram = meminfo.total_bytes() if wish.ram_bytes is None else wish.ram_bytes
     memory = Memory(ram, wish.reserve_bytes, wish.headroom)
@@ -172,13 +181,15 @@ def _warnings(
             "under a label of its own",
         )
     for code, chosen, words in (
-        ("one-look", [f for f in facts if f.looks < 2],
+        ("from-files", [f for f in facts if f.source != LIVE],
+         f"came from files, which {FILES_LACK}"),
+        ("one-look", [f for f in facts if f.looks < 2 and f.source in {LIVE, MIXED}],
          "was looked at once: pages that change count as lasting; leave out `--passes 1`"),
         ("drifting", [f for f in facts if f.drifting],
          "was still changing its nature: the figures are of a moment"),
         ("extrapolated", [f for f in facts if f.extrapolated],
          "was watched for less than ksmd's steady state takes: fewer pages may last"),
-        ("frames-hidden", [f for f in facts if not f.frames_known],
+        ("frames-hidden", [f for f in facts if not f.frames_known and f.source == LIVE],
          "was scanned without root: frames that fork shares count for each process"),
         ("partial", [f for f in facts if not f.complete], "was scanned in part"),
         ("swap", [f for f in facts if f.swap_bytes],
@@ -194,10 +205,17 @@ def _warnings(
             f"{100 * i.class_share:.0f} % of all may have one that was not seen. Save more "
             "instances, started at different times",
         )
-    if len({f.randomized for f in facts}) > 1:
+    if len({f.randomized for f in facts} - {UNKNOWN}) > 1:
         warn("randomized", "some instances have random addresses and others not: they share less")
+    kernels = sorted({f.kernel for f in facts if f.kernel})
+    if len(kernels) > 1:
+        warn("kernels", f"the scans are of several kernels, {', '.join(kernels)}: rules are those "
+             "of one")  # fmt: skip
+    if len({f.source for f in facts}) > 1:
+        warn("sources", "scans of files and of live processes differ by what files can't tell: "
+             "their sizes do not compare")  # fmt: skip
     for name in ("max_page_sharing", "use_zero_pages"):
-        values = {f.tunables.get(name, DEFAULTS[name]) for f in facts}
+        values = {f.tunables.get(name, DEFAULTS[name]) for f in facts if f.tunables}
         if len(values) > 1 and name not in wish.assumed:
             warn("tunables", f"{name} was not the same for all; {tunables[name]} is taken")
     if not tunables["merge_across_nodes"]:

@@ -17,14 +17,27 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from dedup.errors import BadInput, NotPermitted, OutputFailed, Unsupported
-from dedup.estimate.fingerprints import CONSTANT, ZERO, Contents, Facts, Instance
+from dedup.estimate.fingerprints import (
+    CONSTANT,
+    LIVE,
+    RANDOMIZED,
+    SOURCES,
+    ZERO,
+    Contents,
+    Facts,
+    Instance,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
     from types import ModuleType
 
-VERSION: Final = 1
+VERSION: Final = 2
+SINCE_2: Final[dict[str, Any]] = {
+    "source": LIVE, "guest_bytes": 0, "user": None, "cgroup": None,
+}  # fmt: skip
+"""Facts that files of version 1 have not: those came from live processes alone."""
 METADATA: Final = b"dedup"
 """Key of the schema's metadata under which ours is, as JSON."""
 COLUMNS: Final = {
@@ -196,9 +209,11 @@ def _facts(text: bytes | None, path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError("its facts are none")
     version = data.pop("schema_version", None)
-    if version != VERSION:
+    if version == 1:
+        data = {**SINCE_2, **data}
+    elif version != VERSION:
         raise BadInput(
-            f"{path} has fingerprints of version {version!r}; this dedup knows {VERSION}",
+            f"{path} has fingerprints of version {version!r}; this dedup knows 1 and {VERSION}",
             "take the scan again with this version of dedup",
         )
     kinds = {f.name: f.type for f in dataclasses.fields(Facts)} | {"rows": "int"}
@@ -207,20 +222,23 @@ def _facts(text: bytes | None, path: Path) -> dict[str, Any]:
     for name, value in data.items():
         if not _fits(value, str(kinds[name])):
             raise ValueError(f"{name} is out of range")
-    if data["page_size"] not in PAGE_SIZES or data["randomized"] not in {"all", "some", "none"}:
-        raise ValueError("a fact is out of range")
+    for name, values in (
+        ("page_size", PAGE_SIZES), ("randomized", RANDOMIZED), ("source", SOURCES)
+    ):  # fmt: skip
+        if data[name] not in values:
+            raise ValueError(f"{name} is out of range")
     return data
 
 
 def _fits(value: Any, kind: str) -> bool:
-    if kind == "str":
+    if value is None:
+        return kind.endswith("None")
+    if kind.startswith("str"):
         return isinstance(value, str) and len(value) <= TEXT_MOST
     if kind == "bool":
         return isinstance(value, bool)
     if kind == "dict[str, int]":
         return isinstance(value, dict) and all(_fits(v, "int") for v in value.values())
-    if value is None:
-        return kind.endswith("None")
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < COUNT_MOST
 
 

@@ -24,6 +24,7 @@ from dedup.errors import (
 )
 from dedup.kernel import ksm as ksm_interface
 from dedup.kernel import maps, memory, numa, pagemap, processes
+from dedup.model import guests
 from dedup.model.eligibility import why_not
 from dedup.pages import FRAME_MASK, Flag, Pages, Process, Region, Skipped
 from dedup.sources import stored
@@ -337,10 +338,23 @@ class LiveSource:
                     if not region.scanned:
                         continue
                     room += self._add_ranges(target, target.files[1], region, m, index)
+            if first and guests.is_qemu(handle.info.name):
+                self._mark_guest(handle, process)
         except BaseException:
             target.close()
             raise
         return target, room
+
+    def _mark_guest(self, handle: Handle, process: int) -> None:
+        """Mark the memory of the guest that a QEMU runs."""
+        pages = self.pages
+        assert pages is not None
+        words = [os.fsdecode(word) for word in handle.read("cmdline").split(b"\0")]
+        own = {i: r for i, r in enumerate(pages.regions) if r.process == process}
+        found = guests.memories([*own.values()], words)
+        for i, region in own.items():
+            if any(region is memory for memory in found):
+                pages.regions[i] = replace(region, guest=True)
 
     def _process_index(self, handle: Handle, counters: ksm_interface.ProcessCounters | None) -> int:
         pages = self.pages

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -248,3 +249,64 @@ def test_saving_words_that_do_not_fit(dedup: Dedup, start: Start, tmp_path: Path
     assert json.loads(
         dedup("scan", "--pid", pid, "--save", "/proc/none/a", "--json").out
     )["error"]["code"] == "io"  # fmt: skip
+
+
+def image(path: Path, number: int, shared: int = 40, own: int = 10) -> Path:
+    """Memory whose pages the next number shares but for its own."""
+    draw = [random.Random(99), random.Random(number)]
+    path.write_bytes(b"".join(d.randbytes(PAGE) for d, n in zip(draw, (shared, own), strict=True)
+                              for _ in range(n)) + bytes(5 * PAGE))  # fmt: skip
+    return path
+
+
+def test_from_files_to_a_plan(dedup: Dedup, tmp_path: Path) -> None:
+    paths = [tmp_path / f"vm-{i}.dedup" for i in range(3)]
+    for i, path in enumerate(paths):
+        ram = image(tmp_path / f"ram-{i}", i)
+        result = dedup("scan", "--image", str(ram), "--save", str(path), "--label", "vm", "--json")
+        assert result.status == 0
+    result = dedup("capacity", *map(str, paths), "--ram", "16M", "--json")
+    found = result.json
+    assert found["curve"][9]["frames"] == 1 + 40 + 10 * 10
+    one = found["instances"][0]
+    assert (one["source"], one["guest_bytes"], one["page_table_bytes"]) == (
+        "image",
+        55 * PAGE,
+        None,
+    )
+    (warning,) = found["warnings"]
+    assert warning["code"] == "from-files"
+    assert "3 of 3 instances" in warning["message"]
+    assert "what fork shares" in warning["message"]
+    # The same memory again is no further instance.
+    dedup("scan", "--image", str(image(tmp_path / "again", 2)), "--save", str(tmp_path / "4.dedup"),
+          "--label", "vm")  # fmt: skip
+    result = dedup("capacity", *map(str, paths), str(tmp_path / "4.dedup"))
+    assert result.status == 7
+    assert "4.dedup" in result.err
+    assert "same instance" in result.err
+
+
+def test_a_core_that_lies_is_not_saved(dedup: Dedup, tmp_path: Path) -> None:
+    for data in (b"\x7fELF" + bytes(60), b"\x7fELF\2\1\1" + b"\xff" * 4000):
+        (tmp_path / "core").write_bytes(data)
+        result = dedup(
+            "scan", "--core", str(tmp_path / "core"), "--save", str(tmp_path / "x.dedup")
+        )
+        assert result.status == 7
+        assert "core" in result.err
+        assert not (tmp_path / "x.dedup").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "codes"),
+    [({"kernel": "5.15"}, {"kernels"}), ({"source": "core"}, {"sources", "from-files"})],
+)
+def test_instances_that_differ(
+    dedup: Dedup, files: list[str], tmp_path: Path, change: dict[str, Any], codes: set[str]
+) -> None:
+    one = store.load(Path(files[2]))
+    path = tmp_path / "other.dedup"
+    store.save(replace(one, facts=replace(one.facts, **change)), path)
+    found = dedup("capacity", *files[:2], str(path), "--json").json
+    assert {w["code"] for w in found["warnings"]} == codes

@@ -115,9 +115,23 @@ def test_somebody_elses_parquet(tmp_path: Path) -> None:
         store.load(path)
 
 
+def test_the_first_version(saved: Path) -> None:
+    whole = store.load(saved)
+    table = pq.read_table(saved)
+    data = json.loads(table.schema.metadata[store.METADATA])
+    for name in store.SINCE_2:
+        del data[name]
+    data["schema_version"] = 1
+    text = json.dumps(data).encode()
+    pq.write_table(table.replace_schema_metadata({store.METADATA: text}), saved)
+    found = store.load(saved)
+    assert found.facts == whole.facts
+    assert found.facts.source == "live"
+
+
 def test_another_version(saved: Path) -> None:
-    change(saved, {"schema_version": 2})
-    with pytest.raises(BadInput, match="version 2") as e:
+    change(saved, {"schema_version": 3})
+    with pytest.raises(BadInput, match="version 3") as e:
         store.load(saved)
     assert "take the scan again" in e.value.hint
 
@@ -127,7 +141,9 @@ def test_another_version(saved: Path) -> None:
     [{"page_size": 0}, {"page_size": 1 << 40}, {"volatile_pages": -1}, {"volatile_pages": 13},
      {"scanned_pages": 1.5}, {"looks": True}, {"label": 3}, {"label": "x" * 300}, {"more": 1},
      {"tunables": []}, {"tunables": {"run": "1"}}, {"randomized": "maybe"}, {"complete": 1},
-     {"rows": 3}, {"file_bytes": None}, {"file_bytes": 1 << 80}, {"volatile_frames": 13}],
+     {"rows": 3}, {"looks": None},
+     {"source": "cloud"}, {"source": None}, {"user": 3},
+     {"file_bytes": 1 << 80}, {"volatile_frames": 13}],
 )  # fmt: skip
 def test_facts_that_can_not_be(saved: Path, facts: dict[str, Any]) -> None:
     change(saved, facts)
