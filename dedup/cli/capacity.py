@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,30 @@ class Part(click.ParamType):  # type: ignore[type-arg,unused-ignore] # generic s
         return percent / 100
 
 
+class Mix(click.ParamType):  # type: ignore[type-arg,unused-ignore] # generic since 8.5
+    """Services and how many of each, `web=12,worker=30`."""
+
+    name = "mix"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> dict[str, int]:
+        """Numbers by label."""
+        if isinstance(value, dict):
+            return value
+        found: dict[str, int] = {}
+        for part in str(value).split(","):
+            label, separator, number = part.rpartition("=")
+            if not separator or not label or not re.fullmatch("[0-9]{1,5}", number):
+                self.fail(f"{part!r} is no service and number, such as web=12", param, ctx)
+            if label in found:
+                self.fail(f"{label} is there twice", param, ctx)
+            if not 1 <= int(number) <= INSTANCES_MOST:
+                self.fail(f"{label} takes 1 to {INSTANCES_MOST:,} instances", param, ctx)
+            found[label] = int(number)
+        return found
+
+
 @click.command(
     cls=Exemplified,
     examples=[
@@ -60,6 +85,7 @@ class Part(click.ParamType):  # type: ignore[type-arg,unused-ignore] # generic s
         ("dedup capacity web-*.dedup", "how many fit in this host's memory"),
         ("dedup capacity web-*.dedup --ram 64G --reserve 4G", "in another's"),
         ("dedup capacity web-*.dedup -n 40", "what 40 instances need"),
+        ("dedup capacity *.dedup --mix web=12,worker=30", "services together"),
         ("dedup capacity web-*.dedup --tunable use_zero_pages=1", "with another tunable of KSM"),
     ],
 )
@@ -80,6 +106,14 @@ class Part(click.ParamType):  # type: ignore[type-arg,unused-ignore] # generic s
     help="Show what so many need, too.",
 )  # fmt: skip
 @click.option(
+    "--mix", type=Mix(), metavar="NAME=N,...",
+    help="Services, by the labels of their files, and how many instances of each go together.",
+)  # fmt: skip
+@click.option(
+    "--swap", type=Size(), metavar="SIZE",
+    help="For a bad day; by default this host's, and none with --ram.",
+)  # fmt: skip
+@click.option(
     "--tunable", "assumed", type=Tunable(), multiple=True, metavar="NAME=VALUE",
     help="For another value of a tunable of KSM: use_zero_pages=1, pages_to_scan=5000.",
 )  # fmt: skip
@@ -92,6 +126,8 @@ def command(
     reserve: int,
     headroom: float,
     instances: int | None,
+    mix: dict[str, int] | None,
+    swap: int | None,
     assumed: tuple[tuple[str, int], ...],
 ) -> int:
     """How many instances of a service fit in a host's memory.
@@ -111,11 +147,13 @@ def command(
         )
     if ram is not None and reserve >= ram:
         raise Usage("--reserve takes all of --ram", "give more memory, or reserve less of it")
+    if mix is not None and label is not None:
+        raise Usage("--mix names the services already", "leave out `--label`")
     found = capacity.plan(
         files,
         capacity.Wish(
             label=label, ram_bytes=ram, reserve_bytes=reserve, headroom=headroom,
-            instances=instances, assumed=dict(assumed),
+            instances=instances, assumed=dict(assumed), mix=mix, swap_bytes=swap,
         ),
     )  # fmt: skip
     if output.json:

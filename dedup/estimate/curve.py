@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 LEAST: Final = 16
 """Instances to which a curve goes at the least."""
+MOST: Final = 10_000
+"""Instances of a service to which it goes at the most, where not the least is more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,7 @@ class Service:
             sorted_ = [i for label in mix for i in instances if i.facts.label == label]
             sizes = [sum(i.facts.label == label for i in sorted_) for label in mix]
         self.facts: list[Facts] = [i.facts for i in sorted_]
+        self.labels = list(mix or [self.facts[0].label])
         self.unit = np.array([1] if mix is None else list(mix.values()), np.int64)
         """Instances of each service that go together."""
         self.incidence = i = Incidence(sorted_, rules, sizes)
@@ -103,6 +106,11 @@ class Service:
     def volatile_share(self) -> float:
         """Pages that were seen to change, of all."""
         return self._volatile_each / self._scanned_each if self._scanned_each else 0.0
+
+    @property
+    def most(self) -> int:
+        """The longest curve."""
+        return max(LEAST, MOST // int(self.unit.max()))
 
     def numbers(self, n: I64) -> I64:
         """Instances of each service in so many mixes, shape (points, services)."""

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
     from dedup.estimate.curve import Point, Service
 
-INSTANCES_MOST: Final = 10_000
-"""A plan goes no further."""
 UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -28,6 +26,8 @@ class Memory:
     """For whatever else runs there."""
     headroom: float = 0.0
     """Share of the rest that is to stay free."""
+    swap_bytes: int = 0
+    """Where pages can go for which there is no room."""
 
     @property
     def budget_bytes(self) -> int:
@@ -63,10 +63,10 @@ def parse_size(text: str) -> int:
 
 def fit(service: Service, memory: Memory, least: int = LEAST) -> tuple[list[Point], Fits]:
     """How many fit, and the curve that far, or to `least` instances at the least."""
-    budget, most = memory.budget_bytes, max(LEAST, least)
+    budget, most = memory.budget_bytes, min(service.most, max(LEAST, least))
     points = service.curve(most)
-    while points[-1].low_bytes <= budget and most < INSTANCES_MOST:
-        most = min(2 * most, INSTANCES_MOST)
+    while points[-1].low_bytes <= budget and most < service.most:
+        most = min(2 * most, service.most)
         points = service.curve(most)
 
     def largest(need: Iterable[int]) -> int:

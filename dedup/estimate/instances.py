@@ -125,6 +125,14 @@ class Incidence:
         found = self._joined.zero_huge if huge else self._joined.zero_mappings
         return np.asarray(found / self.sizes)
 
+    def zero_frames_mean(self) -> F64:
+        """Frames of all-zero pages that an instance of each service has for itself."""
+        return np.asarray(self._joined.zero_frames / self.sizes)
+
+    def private_within(self, service: int) -> F64:
+        """Frames kept by what each instance has alone among those of its service."""
+        return self.of(self._joined.private_within, service)
+
     # -- what was seen -----------------------------------------------------------------------------
 
     def nodes(self, n: I64) -> F64:
@@ -223,7 +231,7 @@ class Incidence:
         """
         if self.sizes[service] < LEAST:
             return False
-        private = self.of(self._joined.private_within, service)
+        private = self.private_within(service)
         return bool(private.max() > CLASSES_RATIO * private.min() + CLASSES_PAGES)
 
     @property

@@ -91,6 +91,8 @@ class Joined:
     forked: F64
     """Mappings, but for one of each frame, of frames that nothing but fork shares, (S,)."""
     zero_mappings: F64
+    """Of all-zero pages, of all instances of each service."""
+    zero_frames: F64
     zero_huge: F64
     nodes: float = 0.0
     """Stable nodes of all together."""
@@ -146,7 +148,7 @@ class _Pass:
         self.size = np.bincount(service, minlength=self.services)
         s, z = self.services, np.zeros
         self.out = Joined(
-            z(k), z(k), z((s, k + 1)), z(k), z(k), z(s), z(s), z(s), z(s), z(s), z(s)
+            z(k), z(k), z((s, k + 1)), z(k), z(k), z(s), z(s), z(s), z(s), z(s), z(s), z(s)
         )  # fmt: skip
         self.masks: list[tuple[U64, I64]] = []
         self.rows: list[tuple[I64, ...]] = []
@@ -214,6 +216,7 @@ class _Pass:
                 out.nodes_service[one] += float(_cost(part, odd, rules)[merged].sum())
             zeros = mine & p.zero[p.content]
             out.zero_mappings[one] += float(p.mappings[zeros].sum())
+            out.zero_frames[one] += float(p.own[zeros].sum())
             out.zero_huge[one] += float(p.huge[zeros].sum())
         self._keep_patterns(p, counts, inside)
 

@@ -9,9 +9,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dedup.estimate.curve import Point, Service
+    from dedup.estimate.host import Memory
+    from dedup.model.cost import Cost
 
 USUAL: Final = 0.1
 """Of the merged pages, written to before ksmd comes by again."""
+
+AGAIN_SCANS: Final = 2
+"""Full scans until what changed, or a new instance's pages, have merged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +30,12 @@ class Day:
     fits: bool
     instances: int
     """So many fit on such a day."""
+    swap_bytes: int
+    """What has no room in the memory that the instances may take."""
+    fits_in_swap: bool
+    merged_again_seconds: float | None
+    """Until ksmd has merged it again, at the most, should it be as before; None: it scans nothing.
+    """
 
 
 def worst_bytes(service: Service, points: Sequence[Point]) -> list[int]:
@@ -37,7 +48,13 @@ def worst_bytes(service: Service, points: Sequence[Point]) -> list[int]:
     ]
 
 
-def days(service: Service, points: Sequence[Point], instances: int, budget_bytes: int) -> list[Day]:
+def days(
+    service: Service,
+    points: Sequence[Point],
+    instances: int,
+    memory: Memory,
+    price: Cost | None,
+) -> list[Day]:
     """Bad days with so many instances: as many change as were seen to, a tenth, all.
 
     Parameters
@@ -46,9 +63,13 @@ def days(service: Service, points: Sequence[Point], instances: int, budget_bytes
     points : sequence of Point
         The curve as far as instances fit.
     instances : int
-    budget_bytes : int
+    memory : Memory
+    price : Cost, optional
+        ksmd's, for so many instances.
     """
-    out = []
+    out, budget_bytes = [], memory.budget_bytes
+    # A page whose stable node is still there merges at the next visit, others at the second.
+    again = None if price is None else AGAIN_SCANS * price.full_scan_seconds
     for name, share in (("measured", service.volatile_share), ("tenth", USUAL), ("all", 1.0)):
         frames = _frames(service, points, share, [p.frames for p in points])
         need = [
@@ -57,7 +78,13 @@ def days(service: Service, points: Sequence[Point], instances: int, budget_bytes
         ]
         fits = next((i for i, b in enumerate(need) if b > budget_bytes), len(points))
         at = instances - 1
-        out.append(Day(name, share, frames[at], need[at], need[at] <= budget_bytes, fits))
+        beyond = max(0, need[at] - budget_bytes)
+        out.append(
+            Day(
+                name, share, frames[at], need[at], not beyond, fits, beyond,
+                beyond <= memory.swap_bytes, again,
+            )
+        )  # fmt: skip
     return out
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dedup.cli import capacity
-from dedup.estimate import host, store
+from dedup.estimate import curve, store
 from tests.estimate.build import instance
 from tests.estimate.test_instances import two_peaks
 
@@ -178,8 +178,8 @@ def test_words_that_do_not_fit(dedup: Dedup, files: list[str], args: list[str], 
 
 
 def test_the_longest_curve(dedup: Dedup, files: list[str]) -> None:
-    assert capacity.INSTANCES_MOST == host.INSTANCES_MOST
-    assert dedup("capacity", *files, "-n", str(host.INSTANCES_MOST + 1)).status == 2
+    assert capacity.INSTANCES_MOST == curve.MOST
+    assert dedup("capacity", *files, "-n", str(curve.MOST + 1)).status == 2
 
 
 def test_without_files(dedup: Dedup) -> None:
@@ -310,3 +310,90 @@ def test_instances_that_differ(
     store.save(replace(one, facts=replace(one.facts, **change)), path)
     found = dedup("capacity", *files[:2], str(path), "--json").json
     assert {w["code"] for w in found["warnings"]} == codes
+
+
+@pytest.fixture
+def services(files: list[str], tmp_path: Path) -> list[str]:
+    """Those of web, and three workers with half of web's contents."""
+    paths = [tmp_path / f"worker-{i}.dedup" for i in range(3)]
+    for i, path in enumerate(paths):
+        layout = {**dict.fromkeys(range(SHARED // 2), (1, 1)),
+                  **{(i + 1 << 30) + c: (1, 1) for c in range(OWN)}}  # fmt: skip
+        one = instance(i, layout)
+        store.save(replace(one, facts=replace(one.facts, label="worker", instance=f"w{i}")), path)
+    return [*files, *map(str, paths)]
+
+
+def test_a_mix(dedup: Dedup, services: list[str]) -> None:
+    args = ["capacity", *services, "--mix", "web=5,worker=7", "--headroom", "0"]
+    data = dedup(*args, "--ram", "192M", "--json").json
+    mix = data["mix"]
+    assert data["label"] == "web=5,worker=7"
+    assert mix["frames"] == SHARED + 12 * OWN
+    assert mix["frames"] == data["curve"][0]["frames"]
+    assert mix["bytes"] == data["curve"][0]["bytes"]
+    assert mix["without_ksm_frames"] == 5 * (SHARED + OWN) + 7 * (SHARED // 2 + OWN)
+    assert mix["shared_frames"] == SHARED // 2
+    assert [s["label"] for s in mix["services"]] == ["web", "worker"]
+    assert [s["frames_alone"] for s in mix["services"]] == [SHARED + 5 * OWN,
+                                                             SHARED // 2 + 7 * OWN]  # fmt: skip
+    assert (mix["fits"], mix["fits_without_ksm"], mix["safe"]) == (True, False, False)
+    # Twice the mix: twice as many of each.
+    assert data["curve"][1]["frames"] == SHARED + 24 * OWN
+    assert data["warnings"] == []
+    text = dedup(*args, "--ram", "192M").out
+    assert text.startswith("web=5,worker=7: ")
+    assert "it fits in 192.0 MiB; a bad day does not. 1 mix fit" in " ".join(text.split())
+    assert "within a service" in text
+    small = dedup(*args, "--ram", "64M", "--json").json
+    assert (small["mix"]["fits"], small["fits"]["with_ksm"]) == (False, 0)
+    assert "does not fit" in dedup(*args, "--ram", "64M").out
+    # Files of services that are not in the mix are left out.
+    one = dedup("capacity", *services, "--mix", "worker=7", "--json").json
+    assert one["mix"]["frames"] == SHARED // 2 + 7 * OWN
+    assert one["mix"]["shared_frames"] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [("web", "no service and number"), ("web=0", "1 to"), ("web=1,web=2", "twice"),
+     ("=3", "no service and number"), ("web=x", "no service and number"),
+     ("web=99999", "1 to"), ("none=1", "no file is of the service none"), ("", "no service")],
+)  # fmt: skip
+def test_mixes_that_are_none(dedup: Dedup, services: list[str], words: str, said: str) -> None:
+    result = dedup("capacity", *services, "--mix", words)
+    assert result.status == 2
+    assert said in " ".join(result.err.split())
+
+
+def test_swap_takes_a_bad_day(dedup: Dedup, files: list[str]) -> None:
+    def day(*args: str) -> dict[str, Any]:
+        found = dedup("capacity", *files, "--ram", "4G", "--headroom", "0", *args, "--json").json
+        assert found["stress"]["restart_seconds"] == pytest.approx(
+            2 * found["cost"]["full_scan_seconds"]
+        )
+        days: dict[str, Any] = found["stress"]["days"][1]
+        return days
+
+    without = day()
+    assert not without["fits"]
+    assert not without["fits_in_swap"]
+    assert without["swap_bytes"] == without["bytes"] - RAM
+    assert without["merged_again_seconds"] > 0
+    assert day("--swap", str(without["swap_bytes"]))["fits_in_swap"]
+    assert not day("--swap", str(without["swap_bytes"] - 1))["fits_in_swap"]
+    text = dedup("capacity", *files, "--ram", "4G", "--headroom", "0", "--swap", "16G").out
+    assert "in swap" in " ".join(text.split())
+
+
+def test_zero_pages_alone(dedup: Dedup, tmp_path: Path) -> None:
+    paths = [tmp_path / f"z-{i}.dedup" for i in range(3)]
+    for i, path in enumerate(paths):
+        store.save(instance(i, {0: (100, 100), 1: (50, 50), 9 + i: (1, 1)}, zero=0), path)
+    found = dedup("capacity", *map(str, paths), "--ram", "4M", "--json").json
+    n = found["stress"]["instances"]
+    frames = {d["name"]: d["frames"] for d in found["domains"]}
+    assert frames["zero_pages"] == 51 * n
+    assert frames["instance"] == 3 * n
+    assert frames["label"] == found["curve"][n - 1]["frames"]
+    assert frames["user"] is None

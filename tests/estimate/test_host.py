@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from dedup.estimate import host, stress
+from dedup.estimate import curve, stress
 from dedup.estimate.curve import LEAST, Service
 from dedup.estimate.fingerprints import Instance
 from dedup.estimate.host import Memory, fit, parse_size
@@ -77,8 +77,8 @@ def test_none_fits() -> None:
 def test_a_plan_ends_somewhere() -> None:
     # Nothing of their own: no number is too many but for KSM's own memory.
     points, fits = fit(Service(two_peaks(3, 10, 0), Rules(1 << 30)), Memory(1 << 40))
-    assert fits.with_ksm == fits.high == host.INSTANCES_MOST
-    assert len(points) == host.INSTANCES_MOST
+    assert fits.with_ksm == fits.high == curve.MOST
+    assert len(points) == curve.MOST
 
 
 def test_bad_days() -> None:
@@ -91,7 +91,7 @@ def test_bad_days() -> None:
     p = points[9]
     assert p.frames == 1000 + 10 + 90
     # 10,000 merged pages; a page written to has a frame of its own again.
-    days = {d.name: d for d in stress.days(service, points, 10, 20 << 20)}
+    days = {d.name: d for d in stress.days(service, points, 10, Memory(20 << 20), None)}
     assert days["tenth"].frames == p.frames + 1000
     assert days["measured"].frames == p.frames + round(10_000 * 9 / 1010)
     assert days["all"].frames == p.without_ksm_frames
