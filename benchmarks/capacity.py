@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 SAVED: Final = 3
 PREDICTED: Final = (8, 12)
-GUEST_SECONDS: Final = 3
-"""From the end of a guest's start until it is scanned."""
+REST_SECONDS: Final = {"guest": 3, "node": 10}
+"""Until the memory has the size that it keeps: V8 gives some back after 8 s."""
 KEYS: Final = 30_000
 POOL: Final = """
 import os, sys, random
@@ -167,7 +167,8 @@ def compare(control: KsmControl, study: Study, running: dict[str, list[int]]) ->
     held = predicted.low_frames <= after <= predicted.high_frames
     print(
         f"  n={'+'.join(map(str, wanted.values()))}: frames predicted from {SAVED}: "
-        f"{predicted.frames:,} ({predicted.low_frames:,} to {predicted.high_frames:,}; lin {predicted.lin_frames:,}), "
+        f"{predicted.frames:,} ({predicted.low_frames:,} to {predicted.high_frames:,}; lin "
+        f"{predicted.lin_frames:,}), "
         f"from all: {seen.frames:,}, counted: {after:,} stopped, {moving:,} running: "
         f"{off:+.2f} %, {100 * (predicted.frames - moving) / moving:+.2f} % running"
         f"{'' if held else ', OUT OF THE INTERVAL'} | without KSM predicted "
@@ -219,10 +220,9 @@ def run_mix(mix: dict[str, int], folder: Path) -> float:
 
 def wait(kind: str, pids: list[int]) -> None:
     """Until they rest; guests never do: a machine has a clock."""
-    if kind == "guest":
-        time.sleep(GUEST_SECONDS)
-    else:
+    if kind != "guest":
         programs.wait_until_idle(pids)
+    time.sleep(REST_SECONDS.get(kind, 0))
 
 
 def mix_of(text: str) -> dict[str, int]:
@@ -236,7 +236,7 @@ def mix_of(text: str) -> dict[str, int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     every = [*KINDS, "pool", "guest"]
-    parser.add_argument("kinds", nargs="*", choices=every, default=[])
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=", ".join(every))
     parser.add_argument("--mix", type=mix_of, action="append", default=[], metavar="KIND=N,...")
     parser.add_argument("--within", type=float, default=2.0, metavar="PERCENT")
     parser.add_argument(
@@ -244,6 +244,9 @@ def main() -> int:
         help="start them at once: those of one second have clocks in their memory alike",
     )  # fmt: skip
     options = parser.parse_args()
+    unknown = set(options.kinds) - set(every)
+    if unknown:
+        parser.error(f"no such kinds: {', '.join(unknown)}")
     worst = 0.0
     for kind in options.kinds or ([] if options.mix else every):
         print(kind, flush=True)

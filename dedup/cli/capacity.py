@@ -138,6 +138,7 @@ def command(
     """
     from dedup.estimate import capacity
     from dedup.report import capacity as report
+    from dedup.report.names import safe
 
     if not files:
         raise Usage(
@@ -161,5 +162,5 @@ def command(
         return 0
     output.show(*report.lines(found, output.width, plain=output.plain))
     for warning in found.warnings:
-        output.note(f"Warning: {warning.message}")
+        output.note(f"Warning: {safe(warning.message, plain=output.plain)}")
     return 0

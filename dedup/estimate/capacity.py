@@ -30,6 +30,8 @@ DEFAULTS: Final = {"max_page_sharing": 256, "use_zero_pages": 0, "merge_across_n
 """The kernel's, where a scan was taken without KSM."""
 
 
+NAMED: Final = 3
+"""Files that a warning names."""
 FILES_LACK: Final = (
     "do not tell what changes, what fork shares, what lies in huge pages, nor page tables, shared "
     "memory and pages of files: all pages count as lasting, with frames of their own, and the "
@@ -193,7 +195,15 @@ def _warnings(
         out.append(Caution(code, message))
 
     def who(chosen: list[Facts]) -> str:
-        return f"{len(chosen)} of {len(facts)} instances" if len(facts) > 1 else "the instance"
+        if len(facts) == 1:
+            return "the instance"
+        which = [
+            name for name, f in zip(service.names, facts, strict=True)
+            if any(f is one for one in chosen)
+        ]  # fmt: skip
+        named = "" if len(chosen) == len(facts) else f" ({', '.join(which[:NAMED])}"
+        more = f" and {len(which) - NAMED} more)" if len(which) > NAMED else ")"
+        return f"{len(chosen)} of {len(facts)} instances{named + more if named else ''}"
 
     def of(sizes: Collection[int]) -> str:
         """Which services of a mix have so many instances."""

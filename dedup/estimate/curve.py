@@ -82,6 +82,8 @@ class Service:
             sorted_ = [i for label in mix for i in instances if i.facts.label == label]
             sizes = [sum(i.facts.label == label for i in sorted_) for label in mix]
         self.facts: list[Facts] = [i.facts for i in sorted_]
+        self.names = [i.name for i in sorted_]
+        """Of their files."""
         self.labels = list(mix or [self.facts[0].label])
         self.unit = np.array([1] if mix is None else list(mix.values()), np.int64)
         """Instances of each service that go together."""

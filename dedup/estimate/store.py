@@ -57,6 +57,15 @@ METADATA_MOST: Final = 1 << 16
 PAGE_SIZES: Final = (4096, 8192, 16384, 65536)
 COUNT_MOST: Final = 1 << 62
 TEXT_MOST: Final = 256
+RANGES: Final = {
+    "max_page_sharing": (2, (1 << 31) - 1),
+    "use_zero_pages": (0, 1),
+    "merge_across_nodes": (0, 1),
+    "smart_scan": (0, 1),
+    "pages_to_scan": (0, (1 << 32) - 1),
+    "sleep_millisecs": (0, (1 << 32) - 1),
+}
+"""Of the tunables that a file has (mm/ksm.c)."""
 INSTALL: Final = "pip install 'dedup-ksm[capacity]'"
 
 
@@ -238,7 +247,10 @@ def _fits(value: Any, kind: str) -> bool:
     if kind == "bool":
         return isinstance(value, bool)
     if kind == "dict[str, int]":
-        return isinstance(value, dict) and all(_fits(v, "int") for v in value.values())
+        return isinstance(value, dict) and all(
+            name in RANGES and _fits(v, "int") and RANGES[name][0] <= v <= RANGES[name][1]
+            for name, v in value.items()
+        )
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < COUNT_MOST
 
 

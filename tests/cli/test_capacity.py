@@ -7,10 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dedup.cli import capacity
 from dedup.estimate import curve, store
+from dedup.estimate.fingerprints import Contents, Instance
 from tests.estimate.build import instance
 from tests.estimate.test_instances import two_peaks
 
@@ -397,3 +399,54 @@ def test_zero_pages_alone(dedup: Dedup, tmp_path: Path) -> None:
     assert frames["instance"] == 3 * n
     assert frames["label"] == found["curve"][n - 1]["frames"]
     assert frames["user"] is None
+
+
+def test_a_warning_names_the_files(dedup: Dedup, files: list[str]) -> None:
+    for path in map(Path, files[1:]):
+        one = store.load(path)
+        store.save(replace(one, facts=replace(one.facts, looks=1)), path)
+    (warning,) = dedup("capacity", *files, "--json").json["warnings"]
+    assert f"2 of 3 instances ({files[1]}, {files[2]}) " in warning["message"]
+
+
+def test_hostile_facts_are_made_safe(dedup: Dedup, files: list[str]) -> None:
+    for n, path in enumerate(map(Path, files)):
+        one = store.load(path)
+        facts = replace(one.facts, label="a\033[31mb", kernel=f"\033]0;{n}\a")
+        store.save(replace(one, facts=facts), path)
+    result = dedup("capacity", *files)
+    assert result.status == 0
+    assert "several kernels" in result.err
+    for text in (result.out, result.err, dedup("capacity", *files, "--json").out):
+        assert "\033" not in text
+        assert "\a" not in text
+
+
+def test_page_sizes_that_differ(dedup: Dedup, files: list[str]) -> None:
+    one = store.load(Path(files[1]))
+    store.save(replace(one, facts=replace(one.facts, page_size=65536)), Path(files[1]))
+    result = dedup("capacity", *files)
+    assert result.status == 7
+    assert Path(files[1]).name in result.err.replace("\n  ", "")
+
+
+def test_hostile_counts_take_no_more_than_the_files(dedup: Dedup, tmp_path: Path) -> None:
+    """Each content with its own number of mappings, frames and huge pages, as many as can be."""
+    draw = np.random.default_rng(5)
+    rows = 200_000
+    names = np.unique(draw.integers(0, 1 << 64, rows, np.uint64))
+    paths = [tmp_path / f"x-{i}.dedup" for i in range(3)]
+    for i, path in enumerate(paths):
+        mappings, frames, outside = draw.integers(1, 1 << 32, (3, len(names))).astype(np.uint32)
+        frames = np.minimum(mappings, frames)
+        outside = np.minimum(frames, outside)
+        zero = np.zeros(len(names), np.uint8)
+        one = instance(i, {})
+        facts = replace(one.facts, scanned_pages=int(mappings.sum(dtype=np.int64)))
+        contents = Contents(names, mappings, frames, outside, mappings, zero)
+        store.save(Instance(facts, contents), path)
+    # Address space, with all that Python and its libraries map.
+    limit = ("prlimit", "--as=4000000000", "--cpu=30")
+    result = dedup("capacity", *map(str, paths), "-n", "10000", "--json", prefix=limit)
+    assert result.status == 0, result.err
+    assert len(result.json["curve"]) == 10_000

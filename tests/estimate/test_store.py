@@ -142,6 +142,7 @@ def test_another_version(saved: Path) -> None:
      {"scanned_pages": 1.5}, {"looks": True}, {"label": 3}, {"label": "x" * 300}, {"more": 1},
      {"tunables": []}, {"tunables": {"run": "1"}}, {"randomized": "maybe"}, {"complete": 1},
      {"rows": 3}, {"looks": None},
+     {"tunables": {"max_page_sharing": 0}}, {"tunables": {"use_zero_pages": 2}},
      {"source": "cloud"}, {"source": None}, {"user": 3},
      {"file_bytes": 1 << 80}, {"volatile_frames": 13}],
 )  # fmt: skip
