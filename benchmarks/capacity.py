@@ -94,6 +94,8 @@ KINDS: Final[dict[str, programs.Start]] = {
     "python-fixed": _python("setarch", "-R", "env", "PYTHONHASHSEED=0"),
     "node": programs.script(["node", "PROGRAM"], programs.NODE, ".js"),
     "perl": programs.script(["perl", "PROGRAM"], programs.PERL, ".pl"),
+    "php": programs.script(["php", "PROGRAM"], programs.PHP, ".php"),
+    "java": programs.script(["java", "-Xmx256m", "PROGRAM"], programs.JAVA, ".java"),
 }
 
 
