@@ -200,3 +200,17 @@ def test_frames_that_fork_shares_stay_shared_apart() -> None:
     ]
     i = Incidence(workers, Rules())
     assert i.apart(np.array([1, 3, 10])).tolist() == [101, 103, 110]
+
+
+def test_what_one_of_each_service_has_is_neithers_own() -> None:
+    # Of 30 pages of an instance, 10 are in one of the other service's too.
+    def layout(i: int, base: int) -> dict[int, tuple[int, int]]:
+        return dict.fromkeys([*range(100 * i, 100 * i + 10), *range(base, base + 20)], (1, 1))
+
+    a = labelled([instance(i, layout(i, 10_000 + 100 * i)) for i in range(3)], "a")
+    b = labelled([instance(i, layout(i, 20_000 + 100 * i)) for i in range(3)], "b")
+    i = Incidence([*a, *b], Rules(), [3, 3])
+    assert i.private.tolist() == [20] * 6
+    assert i.private_within(1).tolist() == [30] * 3
+    (found,) = i.at(np.array([[4, 5]]))
+    assert found.lin == pytest.approx(3 * 10 + 4 * 20 + 5 * 20)
