@@ -318,6 +318,8 @@ class Incidence:
             alike = self._growth(n, certain=False)
         frames, high, lin = (column + volatile + certain for column in (frames, high, lin))
         low = low + volatile + alike
+        # Whatever further ones have: those seen are among all.
+        least = (1 - INTERVAL_SHARE) * low
         widened = np.zeros(len(n), bool)
         for s in range(self.services):
             grown = self._grown(s, n[:, s])
@@ -326,7 +328,8 @@ class Incidence:
             )
             widened |= (more[:, s] > 0) & bool(self.sizes[s] >= LEAST)
         wider = INTERVAL_SHARE * frames * widened
-        low, high = np.minimum(low - wider, frames), np.maximum(high + wider, frames)
+        low = np.where(widened, np.maximum(low - wider, least), low)
+        low, high = np.minimum(low, frames), np.maximum(high + wider, frames)
         beyond = (more > 0).any(axis=1)
         high[beyond] = np.maximum.accumulate(high[beyond])
         return [Frames(*map(float, row)) for row in np.stack([frames, low, high, lin], axis=1)]

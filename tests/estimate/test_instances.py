@@ -185,6 +185,8 @@ def test_classes() -> None:
     # At the best, it is like the two that are alike.
     assert i.curve(100)[-1].frames >= counted([*one, alone], RULES) + 97 * 10
     assert not Incidence(two_peaks(3, 500, 10), RULES).classes_suspected
+    # However many there are, the ones seen are among them.
+    assert i.curve(10_000)[-1].low >= 0.98 * counted([*one, alone], RULES)
     # Two can't tell.
     assert not Incidence([one[0], alone], RULES).classes_suspected
 
