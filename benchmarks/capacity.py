@@ -2,8 +2,9 @@
 
 Three instances are started and saved as `dedup scan --save` does. From those files the frames of 8
 and 12 are predicted; then so many run, ksmd merges until nothing changes any more, and the frames
-that they map are counted by their numbers in pagemap. All memory is mergeable from the start, ksmd
-rests until the predictions stand.
+that they map are counted by their numbers in pagemap. All memory is mergeable from the start, of
+guests what QEMU marks; ksmd rests until the predictions stand. `--mix redis=6,python=6` does the
+same for services together, three of each saved.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from benchmarks import guests
 from dedup.estimate import fingerprints, key, store
 from dedup.estimate.curve import Service
-from dedup.estimate.instances import Rules
+from dedup.estimate.rules import Rules
 from dedup.report.summary import distinct_frames
 from dedup.scanning import Plan, scan_pids
 from dedup.sources.live import Options
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 
 SAVED: Final = 3
 PREDICTED: Final = (8, 12)
+REST_SECONDS: Final = {"guest": 3, "node": 10}
+"""Until the memory has the size that it keeps: V8 gives some back after 8 s."""
 KEYS: Final = 30_000
 POOL: Final = """
 import os, sys, random
@@ -88,6 +92,10 @@ KINDS: Final[dict[str, programs.Start]] = {
     "redis-half-own": redis(KEYS // 2),
     "python": _python(),
     "python-fixed": _python("setarch", "-R", "env", "PYTHONHASHSEED=0"),
+    "node": programs.script(["node", "PROGRAM"], programs.NODE, ".js"),
+    "perl": programs.script(["perl", "PROGRAM"], programs.PERL, ".pl"),
+    "php": programs.script(["php", "PROGRAM"], programs.PHP, ".php"),
+    "java": programs.script(["java", "-Xmx256m", "PROGRAM"], programs.JAVA, ".java"),
 }
 
 
@@ -116,34 +124,38 @@ class Study:
         folder.mkdir()
         self.folder = folder
         self.key = key.of_file(folder / key.NAME)
-        self.files: list[Path] = []
+        self.files: dict[str, list[Path]] = {}
 
-    def save(self, pids: list[int]) -> None:
+    def save(self, pids: list[int], label: str) -> None:
         """Save those that are not saved yet, one file each."""
-        for pid in pids[len(self.files) :]:
-            path = self.folder / f"{len(self.files)}.dedup"
-            one = fingerprints.of_scan(scan([pid], self.key.seed), self.key)
+        files = self.files.setdefault(label, [])
+        for pid in pids[len(files) :]:
+            path = self.folder / f"{label}-{len(files)}.dedup"
+            one = fingerprints.of_scan(scan([pid], self.key.seed), self.key, label)
             store.save(one, path)
-            self.files.append(path)
+            files.append(path)
 
-    def point(self, seen: int, instances: int) -> Point:
-        """So many instances by the first ones."""
-        service = Service(store.load_all(self.files[:seen]), Rules())
+    def point(self, wanted: dict[str, int], seen: int | None = None) -> Point:
+        """So many instances of each service, by its first ones or all."""
+        files = [path for label in wanted for path in self.files[label][:seen]]
+        service = Service(store.load_all(files), Rules(), wanted)
         if service.incidence.classes_suspected:
             print("  classes suspected:", service.incidence.private.round())
-        return service.curve(instances)[-1]
+        return service.curve(1)[0]
 
 
 def frames(pids: list[int]) -> int:
     return distinct_frames(scan(pids, looks=1).pages) or 0
 
 
-def compare(control: KsmControl, study: Study, pids: list[int]) -> float:
+def compare(control: KsmControl, study: Study, running: dict[str, list[int]]) -> float:
     """Let ksmd merge, count the frames, and print how far off the prediction was."""
-    n = len(pids)
-    predicted = study.point(SAVED, n)
-    study.save(pids)
-    seen = study.point(n, n)
+    wanted = {label: len(pids) for label, pids in running.items()}
+    predicted = study.point(wanted, SAVED)
+    for label, those in running.items():
+        study.save(those, label)
+    seen = study.point(wanted)
+    pids = [pid for those in running.values() for pid in those]
     with stopped(pids):
         before = frames(pids)
         control.converge(stop=False)
@@ -152,14 +164,15 @@ def compare(control: KsmControl, study: Study, pids: list[int]) -> float:
     scans = control.ksm.counters().full_scans
     while control.ksm.counters().full_scans < scans + STEADY_SCANS:
         time.sleep(0.01)
-    running = frames(pids)
+    moving = frames(pids)
     off = 100 * (predicted.frames - after) / after
     held = predicted.low_frames <= after <= predicted.high_frames
     print(
-        f"  n={n}: frames predicted from {SAVED}: {predicted.frames:,} "
-        f"({predicted.low_frames:,} to {predicted.high_frames:,}; lin {predicted.lin_frames:,}), "
-        f"from all: {seen.frames:,}, counted: {after:,} stopped, {running:,} running: "
-        f"{off:+.2f} %, {100 * (predicted.frames - running) / running:+.2f} % running"
+        f"  n={'+'.join(map(str, wanted.values()))}: frames predicted from {SAVED}: "
+        f"{predicted.frames:,} ({predicted.low_frames:,} to {predicted.high_frames:,}; lin "
+        f"{predicted.lin_frames:,}), "
+        f"from all: {seen.frames:,}, counted: {after:,} stopped, {moving:,} running: "
+        f"{off:+.2f} %, {100 * (predicted.frames - moving) / moving:+.2f} % running"
         f"{'' if held else ', OUT OF THE INTERVAL'} | without KSM predicted "
         f"{predicted.without_ksm_frames:,}, counted {before:,}"
     )
@@ -182,29 +195,72 @@ def run(kind: str, folder: Path, *, together: bool) -> float:
                 else:
                     pids.append(stack.enter_context(KINDS[kind](folder, len(pids))))
                 if not together:
-                    programs.wait_until_idle(pids)
-            programs.wait_until_idle(pids)
+                    wait(kind, pids)
+            wait(kind, pids)
             if n == SAVED:
-                study.save(pids)
+                study.save(pids, kind)
             else:
-                worst = max(worst, compare(control, study, pids))
+                worst = max(worst, compare(control, study, {kind: pids}))
     return worst
+
+
+def run_mix(mix: dict[str, int], folder: Path) -> float:
+    study = Study(folder / "study")
+    with ksm_control() as control, ExitStack() as stack:
+        running: dict[str, list[int]] = {kind: [] for kind in mix}
+        for last in (False, True):
+            for place, (kind, n) in enumerate(mix.items()):
+                while len(running[kind]) < (n if last else SAVED):
+                    number = 100 * place + len(running[kind])
+                    running[kind].append(stack.enter_context(KINDS[kind](folder, number)))
+                    wait(kind, running[kind])
+            if not last:
+                for kind, pids in running.items():
+                    study.save(pids, kind)
+        return compare(control, study, running)
+
+
+def wait(kind: str, pids: list[int]) -> None:
+    """Until they rest; guests never do: a machine has a clock."""
+    if kind != "guest":
+        programs.wait_until_idle(pids)
+    time.sleep(REST_SECONDS.get(kind, 0))
+
+
+def mix_of(text: str) -> dict[str, int]:
+    """Kinds and numbers of `redis=6,python=6`."""
+    found = {kind: int(n) for kind, _, n in (part.partition("=") for part in text.split(","))}
+    if not all(kind in KINDS and n >= SAVED for kind, n in found.items()):
+        raise ValueError(text)
+    return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kinds", nargs="*", choices=[*KINDS, "pool"], default=[*KINDS, "pool"])
+    every = [*KINDS, "pool", "guest"]
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=", ".join(every))
+    parser.add_argument("--mix", type=mix_of, action="append", default=[], metavar="KIND=N,...")
     parser.add_argument("--within", type=float, default=2.0, metavar="PERCENT")
     parser.add_argument(
         "--together", action="store_true",
         help="start them at once: those of one second have clocks in their memory alike",
     )  # fmt: skip
     options = parser.parse_args()
+    unknown = set(options.kinds) - set(every)
+    if unknown:
+        parser.error(f"no such kinds: {', '.join(unknown)}")
     worst = 0.0
-    for kind in options.kinds:
-        print(kind)
-        with tempfile.TemporaryDirectory() as folder:
-            worst = max(worst, run(kind, Path(folder), together=options.together))
+    for kind in options.kinds or ([] if options.mix else every):
+        print(kind, flush=True)
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            if kind == "guest":
+                KINDS[kind] = guests.Linux(folder / "linux").start
+            worst = max(worst, run(kind, folder, together=options.together))
+    for mix in options.mix:
+        print(" + ".join(mix), flush=True)
+        with tempfile.TemporaryDirectory() as name:
+            worst = max(worst, run_mix(mix, Path(name)))
     print(f"the worst: {worst:.2f} %")
     return 0 if worst <= options.within else 1
 

@@ -112,6 +112,8 @@ class Region(NamedTuple):
     resident_bytes: int | None = None
     """All that is mapped, pages of files included; None where the source does not tell."""
     advised_known: bool = True
+    guest: bool = False
+    """Memory of a guest that this QEMU runs."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +114,30 @@ def pilots(f: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+class Mix(click.ParamType):  # type: ignore[type-arg,unused-ignore] # generic since 8.5
+    """Services and how many of each, `web=12,worker=30`."""
+
+    name = "mix"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> dict[str, int]:
+        """Numbers by label."""
+        if isinstance(value, dict):
+            return value
+        found: dict[str, int] = {}
+        for part in str(value).split(","):
+            label, separator, number = part.rpartition("=")
+            if not separator or not label or not re.fullmatch("[0-9]{1,5}", number):
+                self.fail(f"{part!r} is no service and number, such as web=12", param, ctx)
+            if label in found:
+                self.fail(f"{label} is there twice", param, ctx)
+            if not 1 <= int(number) <= INSTANCES_MOST:
+                self.fail(f"{label} takes 1 to {INSTANCES_MOST:,} instances", param, ctx)
+            found[label] = int(number)
+        return found
+
+
 @click.command(
     cls=Exemplified,
     examples=[
@@ -120,6 +145,7 @@ def pilots(f: Callable[..., Any]) -> Callable[..., Any]:
         ("dedup capacity web-*.dedup", "how many fit in this host's memory"),
         ("dedup capacity web-*.dedup --ram 64G --reserve 4G", "in another's"),
         ("dedup capacity web-*.dedup -n 40", "what 40 instances need"),
+        ("dedup capacity *.dedup --mix web=12,worker=30", "services together"),
         ("dedup capacity web-*.dedup --tunable use_zero_pages=1", "with another tunable of KSM"),
         ("sudo dedup capacity --pilot 'python3 worker.py'", "from copies started here"),
         (
@@ -149,6 +175,14 @@ def pilots(f: Callable[..., Any]) -> Callable[..., Any]:
     help="Show what so many need, too.",
 )  # fmt: skip
 @click.option(
+    "--mix", type=Mix(), metavar="NAME=N,...",
+    help="Services, by the labels of their files, and how many instances of each go together.",
+)  # fmt: skip
+@click.option(
+    "--swap", type=Size(), metavar="SIZE",
+    help="For a bad day; by default this host's, and none with --ram.",
+)  # fmt: skip
+@click.option(
     "--tunable", "assumed", type=Tunable(), multiple=True, metavar="NAME=VALUE",
     help="For another value of a tunable of KSM: use_zero_pages=1, pages_to_scan=5000.",
 )  # fmt: skip
@@ -163,6 +197,8 @@ def command(
     reserve: int,
     headroom: float,
     instances: int | None,
+    mix: dict[str, int] | None,
+    swap: int | None,
     assumed: tuple[tuple[str, int], ...],
 ) -> int:
     """How many instances of a service fit in a host's memory.
@@ -176,6 +212,7 @@ def command(
     """
     from dedup.estimate import capacity
     from dedup.report import capacity as report
+    from dedup.report.names import safe
 
     if pilot is not None and files:
         raise Usage("a plan is from files or from a pilot", "leave out the files, or --pilot")
@@ -187,9 +224,13 @@ def command(
         )
     if ram is not None and reserve >= ram:
         raise Usage("--reserve takes all of --ram", "give more memory, or reserve less of it")
+    if mix is not None and label is not None:
+        raise Usage("--mix names the services already", "leave out `--label`")
+    if mix is not None and pilot is not None:
+        raise Usage("a pilot is of one service, no mix", "leave out `--mix`")
     wish = capacity.Wish(
         label=label, ram_bytes=ram, reserve_bytes=reserve, headroom=headroom,
-        instances=instances, assumed=dict(assumed),
+        instances=instances, assumed=dict(assumed), mix=mix, swap_bytes=swap,
     )  # fmt: skip
     if pilot is not None:
         return _pilot(output, wish, **pilot)
@@ -199,7 +240,7 @@ def command(
         return 0
     output.show(*report.lines(found, output.width, plain=output.plain))
     for warning in found.warnings:
-        output.note(f"Warning: {warning.message}")
+        output.note(f"Warning: {safe(warning.message, plain=output.plain)}")
     if all(f.randomized == "all" for f in found.service.facts):
         output.advise(
             "What they have in common without address randomisation, or with fixed hash seeds, "

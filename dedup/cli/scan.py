@@ -99,7 +99,8 @@ LABEL_MOST = 64
 )  # fmt: skip
 @click.option(
     "--save", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
-    help="Keep fingerprints, for `dedup capacity`: all chosen processes are one instance.",
+    help="Keep fingerprints, for `dedup capacity`: all chosen processes and files are one "
+    "instance.",
 )  # fmt: skip
 @click.option(
     "--label", metavar="NAME", help="Of the service, with --save; else the processes' name."
@@ -155,11 +156,6 @@ def command(
             {"--core, --image and --criu": bool(files), "--save": save is not None,
              "--by": by is not None, "--top": top is not None},
         )  # fmt: skip
-    if files and save:
-        raise Usage(
-            "--save keeps the fingerprints of live processes, not of files",
-            "choose processes: `dedup scan --tree 1234 --save FILE`",
-        )
     key = _key(save, label, key_file, seed)
     pids = [] if files and not choice else scanning.choose(choice)
     sample = None

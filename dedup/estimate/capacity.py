@@ -7,19 +7,20 @@ from typing import TYPE_CHECKING, Final
 
 from dedup import calibration
 from dedup.errors import Usage
-from dedup.estimate import host, store, stress
+from dedup.estimate import domains, host, store, stress
 from dedup.estimate.curve import LEAST, Service
+from dedup.estimate.fingerprints import LIVE, MIXED, UNKNOWN
 from dedup.estimate.host import Memory
-from dedup.estimate.instances import LEAST as INSTANCES_LEAST
-from dedup.estimate.instances import Rules
+from dedup.estimate.rules import Rules
 from dedup.kernel import ksmd, meminfo
 from dedup.model import cost
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
     from dedup.estimate.curve import Point
+    from dedup.estimate.domains import Domain
     from dedup.estimate.fingerprints import Facts, Instance
     from dedup.estimate.host import Fits
     from dedup.estimate.stress import Day
@@ -27,6 +28,15 @@ if TYPE_CHECKING:
 
 DEFAULTS: Final = {"max_page_sharing": 256, "use_zero_pages": 0, "merge_across_nodes": 1}
 """The kernel's, where a scan was taken without KSM."""
+
+
+NAMED: Final = 3
+"""Files that a warning names."""
+FILES_LACK: Final = (
+    "do not tell what changes, what fork shares, what lies in huge pages, nor page tables, shared "
+    "memory and pages of files: all pages count as lasting, with frames of their own, and the "
+    "rest as nothing; zeros may be memory that was never touched"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +56,8 @@ class Wish:
         The curve goes so far, at the least.
     assumed : mapping of str to int
         Tunables in place of those of the scans.
+    mix : mapping of str to int, optional
+    swap_bytes : int, optional
     """
 
     label: str | None = None
@@ -54,6 +66,10 @@ class Wish:
     headroom: float = 0.0
     instances: int | None = None
     assumed: Mapping[str, int] = field(default_factory=dict)
+    mix: Mapping[str, int] | None = None
+    """Instances of each service, by label, that go together."""
+    swap_bytes: int | None = None
+    """None: this host's, with its memory; else none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +87,8 @@ class Plan:
     wish: Wish
     instances: list[Instance]
     service: Service
+    parts: list[Service]
+    """Each service of a mix by itself; the service alone without one."""
     tunables: dict[str, int]
     memory: Memory
     curve: list[Point]
@@ -78,14 +96,22 @@ class Plan:
     stressed: int
     """Instances that the bad days and the price are for: as many as fit, one at the least."""
     days: list[Day]
+    domains: list[Domain]
     cost: Cost | None
     """None where ksmd scans nothing."""
     warnings: list[Caution]
 
     @property
     def label(self) -> str:
-        """The service."""
-        return self.service.facts[0].label
+        """The service, or the mix as it was asked for."""
+        if self.wish.mix is None:
+            return self.service.facts[0].label
+        return ",".join(f"{label}={n}" for label, n in self.wish.mix.items())
+
+    @property
+    def restart_seconds(self) -> float | None:
+        """Until ksmd has merged an instance that starts anew, at the most."""
+        return None if self.cost is None else stress.AGAIN_SCANS * self.cost.full_scan_seconds
 
 
 def plan(paths: Sequence[Path], wish: Wish) -> Plan:
@@ -98,21 +124,33 @@ def plan(paths: Sequence[Path], wish: Wish) -> Plan:
     Usage
         The files are of several services, none of the one asked for, or too many.
     """
-    return of_instances(_of_service(store.load_all(paths), wish.label), wish)
+    return of_instances(_chosen(store.load_all(paths), wish), wish)
 
 
 def of_instances(found: list[Instance], wish: Wish) -> Plan:
-    """Plan from instances of one service, made with the same key.
+    """Plan from instances made with the same key: of one service, or of those of a mix.
 
     Raises
     ------
     Usage
         They are too many.
     """
-    tunables = {**DEFAULTS, **found[0].facts.tunables, **wish.assumed}
-    service = Service(found, Rules(tunables["max_page_sharing"], bool(tunables["use_zero_pages"])))
-    ram = meminfo.total_bytes() if wish.ram_bytes is None else wish.ram_bytes
-    memory = Memory(ram, wish.reserve_bytes, wish.headroom)
+    told = next((i.facts.tunables for i in found if i.facts.tunables), {})
+    tunables = {**DEFAULTS, **told, **wish.assumed}
+    rules = Rules(tunables["max_page_sharing"], bool(tunables["use_zero_pages"]))
+    service = Service(found, rules, wish.mix)
+    parts = [service]
+    if wish.mix is not None and len(wish.mix) > 1:
+        parts = [
+            Service([i for i in found if i.facts.label == label], rules, {label: n})
+            for label, n in wish.mix.items()
+        ]
+    ram, swap = wish.ram_bytes, wish.swap_bytes
+    if swap is None:
+        swap = meminfo.swap_bytes() if ram is None else 0
+    if ram is None:
+        ram = meminfo.total_bytes()
+    memory = Memory(ram, wish.reserve_bytes, wish.headroom, swap)
     curve, fits = host.fit(service, memory, max(LEAST, wish.instances or 0))
     stressed = max(1, fits.with_ksm)
     point = curve[stressed - 1]
@@ -124,23 +162,32 @@ def of_instances(found: list[Instance], wish: Wish) -> Plan:
         wish=wish,
         instances=found,
         service=service,
+        parts=parts,
         tunables=tunables,
         memory=memory,
         curve=curve,
         fits=fits,
         stressed=stressed,
-        days=stress.days(service, curve, stressed, memory.budget_bytes),
+        days=stress.days(service, curve, stressed, memory, price),
+        domains=domains.domains(service, parts, curve, stressed, memory.budget_bytes),
         cost=price,
         warnings=_warnings(service, tunables, wish, fits),
     )
 
 
-def _of_service(instances: list[Instance], label: str | None) -> list[Instance]:
-    labels = sorted({i.facts.label for i in instances})
+def _chosen(instances: list[Instance], wish: Wish) -> list[Instance]:
+    """The instances of the services asked for."""
+    label, labels = wish.label, sorted({i.facts.label for i in instances})
+    if wish.mix is not None:
+        for one in wish.mix:
+            if one not in labels:
+                raise Usage(f"no file is of the service {one}", f"they have {', '.join(labels)}")
+        return [i for i in instances if i.facts.label in wish.mix]
     if label is None and len(labels) > 1:
         raise Usage(
             f"the files are of several services: {', '.join(labels)}",
-            f"choose one: `--label {labels[0]}`",
+            f"choose one: `--label {labels[0]}`, or say how many of each go together: "
+            f"`--mix {','.join(f'{one}=1' for one in labels)}`",
         )
     found = [i for i in instances if label is None or i.facts.label == label]
     if not found:
@@ -158,37 +205,59 @@ def _warnings(
         out.append(Caution(code, message))
 
     def who(chosen: list[Facts]) -> str:
-        return f"{len(chosen)} of {len(facts)} instances" if len(facts) > 1 else "the instance"
+        if len(facts) == 1:
+            return "the instance"
+        which = [
+            name for name, f in zip(service.names, facts, strict=True)
+            if any(f is one for one in chosen)
+        ]  # fmt: skip
+        named = "" if len(chosen) == len(facts) else f" ({', '.join(which[:NAMED])}"
+        more = f" and {len(which) - NAMED} more)" if len(which) > NAMED else ")"
+        return f"{len(chosen)} of {len(facts)} instances{named + more if named else ''}"
 
-    if i.k == 1:
+    def of(sizes: Collection[int]) -> str:
+        """Which services of a mix have so many instances."""
+        which = [
+            label for label, k in zip(service.labels, i.sizes.tolist(), strict=True) if k in sizes
+        ]
+        return f"{', '.join(which)}: " if len(service.labels) > 1 else ""
+
+    if 1 in i.sizes:
         warn(
             "one-instance",
-            "one instance does not tell what another has in common with it: only what is certain "
-            "is counted as merged, and the range goes to instances all alike; save three",
+            f"{of([1])}one instance does not tell what another has in common with it: only what "
+            "is certain is counted as merged, and the range goes to instances all alike; save "
+            "three",
         )
-    elif i.k < INSTANCES_LEAST:
+    if 2 in i.sizes:
         warn(
             "two-instances",
-            "two instances can't tell what all share from what some share: the upper bound is "
-            "the worst case; save a third",
+            f"{of([2])}two instances can't tell what all share from what some share: the upper "
+            "bound is the worst case; save a third",
         )
-    if i.classes_suspected:
-        few, many = round(i.private.min()), round(i.private.max())
+    for s, label in enumerate(service.labels):
+        if not i.suspected(s):
+            continue
+        private = i.private_within(s)
+        few, many = round(private.min()), round(private.max())
+        whose = "the instances" if len(service.labels) == 1 else f"those of {label}"
         warn(
             "classes",
-            f"the instances look like several kinds: they have {few:,} to {many:,} frames of "
+            f"{whose} look like several kinds: they have {few:,} to {many:,} frames of "
             "their own. Kinds share within themselves only (one more character in an argument is "
             "enough), so the upper bound is the worst case; save more instances, or each kind "
             "under a label of its own",
         )
     for code, chosen, words in (
-        ("one-look", [f for f in facts if f.looks < 2],
+        ("from-files", [f for f in facts if f.source != LIVE],
+         f"came from files, which {FILES_LACK}"),
+        ("one-look", [f for f in facts if f.looks < 2 and f.source in {LIVE, MIXED}],
          "was looked at once: pages that change count as lasting; leave out `--passes 1`"),
         ("drifting", [f for f in facts if f.drifting],
          "was still changing its nature: the figures are of a moment"),
         ("extrapolated", [f for f in facts if f.extrapolated],
          "was watched for less than ksmd's steady state takes: fewer pages may last"),
-        ("frames-hidden", [f for f in facts if not f.frames_known],
+        ("frames-hidden", [f for f in facts if not f.frames_known and f.source == LIVE],
          "was scanned without root: frames that fork shares count for each process"),
         ("partial", [f for f in facts if not f.complete], "was scanned in part"),
         ("swap", [f for f in facts if f.swap_bytes],
@@ -204,14 +273,21 @@ def _warnings(
             f"{100 * i.class_share:.0f} % of all may have one that was not seen. Save more "
             "instances, started at different times",
         )
-    if len({f.randomized for f in facts}) > 1:
+    if len({f.randomized for f in facts} - {UNKNOWN}) > 1:
         warn("randomized", "some instances have random addresses and others not: they share less")
+    kernels = sorted({f.kernel for f in facts if f.kernel})
+    if len(kernels) > 1:
+        warn("kernels", f"the scans are of several kernels, {', '.join(kernels)}: rules are those "
+             "of one")  # fmt: skip
+    if len({f.source for f in facts}) > 1:
+        warn("sources", "scans of files and of live processes differ by what files can't tell: "
+             "their sizes do not compare")  # fmt: skip
     for name in ("max_page_sharing", "use_zero_pages"):
-        values = {f.tunables.get(name, DEFAULTS[name]) for f in facts}
+        values = {f.tunables.get(name, DEFAULTS[name]) for f in facts if f.tunables}
         if len(values) > 1 and name not in wish.assumed:
             warn("tunables", f"{name} was not the same for all; {tunables[name]} is taken")
     if not tunables["merge_across_nodes"]:
         warn("nodes", "merge_across_nodes is off: on several NUMA nodes less merges than this")
-    if fits.with_ksm >= host.INSTANCES_MOST:
-        warn("limit", f"more than {host.INSTANCES_MOST:,} fit: the plan ends there")
+    if fits.with_ksm >= service.most:
+        warn("limit", f"more than {service.most:,} fit: the plan ends there")
     return out

@@ -7,19 +7,21 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from dedup.estimate.instances import Incidence, Rules
+from dedup.estimate.instances import Incidence
 from dedup.model.cost import Load
 from dedup.model.merge import RMAP_ITEM_BYTES, STABLE_NODE_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from dedup.estimate.fingerprints import Facts, Instance
-    from dedup.estimate.instances import F64
+    from dedup.estimate.rules import F64, Rules
     from dedup.pages import I64
 
 LEAST: Final = 16
 """Instances to which a curve goes at the least."""
+MOST: Final = 10_000
+"""Instances of a service to which it goes at the most, where not the least is more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,50 +53,76 @@ class Rest:
 
 
 class Service:
-    """Instances of one service, and what many of them need.
+    """Instances of one service, and what many of them need; or a mix of several services.
 
     Parameters
     ----------
     instances : sequence of Instance
         With the same page size and key.
     rules : Rules
+    mix : mapping of str to int, optional
+        Instances of each service, by label, that go together: what the curve calls an instance is
+        then the whole mix. None: the instances are of one service.
 
     Raises
     ------
     Usage
     """
 
-    def __init__(self, instances: Sequence[Instance], rules: Rules) -> None:
-        self.facts: list[Facts] = [i.facts for i in instances]
-        self.incidence = Incidence(instances, rules)
+    def __init__(
+        self,
+        instances: Sequence[Instance],
+        rules: Rules,
+        mix: Mapping[str, int] | None = None,
+    ) -> None:
+        if mix is None:
+            sorted_ = list(instances)
+            sizes = [len(sorted_)]
+        else:
+            sorted_ = [i for label in mix for i in instances if i.facts.label == label]
+            sizes = [sum(i.facts.label == label for i in sorted_) for label in mix]
+        self.facts: list[Facts] = [i.facts for i in sorted_]
+        self.names = [i.name for i in sorted_]
+        """Of their files."""
+        self.labels = list(mix or [self.facts[0].label])
+        self.unit = np.array([1] if mix is None else list(mix.values()), np.int64)
+        """Instances of each service that go together."""
+        self.incidence = i = Incidence(sorted_, rules, sizes)
         self.page_size = self.facts[0].page_size
+        each = [
+            f.other_anonymous_bytes + (f.shared_memory_bytes or 0) + (f.page_table_bytes or 0)
+            + (f.kernel_bytes or 0)
+            for f in self.facts
+        ]  # fmt: skip
+        files = np.array([f.file_bytes or 0 for f in self.facts], np.float64)
         self.rest = Rest(
-            float(
-                np.mean(
-                    [f.other_anonymous_bytes + f.shared_memory_bytes + f.page_table_bytes
-                     + (f.kernel_bytes or 0) for f in self.facts]
-                )
-            ),
-            max(f.file_bytes for f in self.facts),
-        )  # fmt: skip
-        zero = self.incidence.whole.zero
-        column = (
-            self.incidence.whole.mappings if rules.use_zero_pages else self.incidence.whole.huge
+            float(self.unit @ i.mean(np.array(each, np.float64))),
+            # Of one service they are the same; those of two may be, too.
+            round(sum(i.of(files, s).max() for s in range(i.services))),
         )
-        self._gone_each = float(column[zero].sum()) / len(self.facts)
+        self._scanned_each = float(self.unit @ i.mean(i.scanned_pages))
+        self._volatile_each = float(self.unit @ i.mean(i.volatile_pages))
+        self._gone_each = float(self.unit @ i.zero_mean(huge=not rules.use_zero_pages))
 
     @property
     def volatile_share(self) -> float:
         """Pages that were seen to change, of all."""
-        i = self.incidence
-        scanned = float(i.scanned_pages.sum())
-        return float(i.volatile_pages.sum()) / scanned if scanned else 0.0
+        return self._volatile_each / self._scanned_each if self._scanned_each else 0.0
+
+    @property
+    def most(self) -> int:
+        """The longest curve."""
+        return max(LEAST, MOST // int(self.unit.max()))
+
+    def numbers(self, n: I64) -> I64:
+        """Instances of each service in so many mixes, shape (points, services)."""
+        return np.asarray(n[:, None] * self.unit)
 
     def curve(self, most: int) -> list[Point]:
         """For 1, 2, … `most` instances."""
         i, n = self.incidence, np.arange(1, most + 1)
-        found = i.curve(most)
-        without = i.without_ksm(n)
+        found = i.at(self.numbers(n))
+        without = i.without_ksm(self.numbers(n))
         metadata = self.metadata_bytes(n)
         other = n * self.rest.each_bytes + self.rest.once_bytes
         points = []
@@ -123,26 +151,39 @@ class Service:
 
     def metadata_bytes(self, n: I64) -> F64:
         """KSM's own memory: an rmap_item for each page, and the stable nodes."""
-        pages = n * float(self.incidence.scanned_pages.mean()) - self._gone(n)
-        return np.asarray(RMAP_ITEM_BYTES * pages + STABLE_NODE_BYTES * self.incidence.nodes(n))
+        pages = n * self._scanned_each - self._gone(n)
+        nodes = self.incidence.nodes(self.numbers(n))
+        return np.asarray(RMAP_ITEM_BYTES * pages + STABLE_NODE_BYTES * nodes)
 
     def load(self, point: Point) -> Load:
         """What ksmd has to do for so many instances, about."""
-        i, n = self.incidence, np.array([point.instances])
-        volatile = point.instances * float(i.volatile_pages.mean())
-        changing = point.instances * float(i.volatile_frames.mean())
-        nodes, gone, forked = (float(f(n)[0]) for f in (i.nodes, self._gone, i.fork_shared))
-        unshared = max(0.0, point.frames - changing - nodes)
-        lasting = point.instances * float(i.scanned_pages.mean()) - volatile - gone
-        placed = gone if i.rules.use_zero_pages else 0.0
+        n = np.array([point.instances])
+        found = self._loads(n, np.array([point.frames], np.float64))
+        nodes, sharing, unshared, gone, forked = (float(column[0]) for column in found)
+        placed = gone if self.incidence.rules.use_zero_pages else 0.0
         return Load(
             pages_shared=round(nodes),
-            pages_sharing=max(0, round(lasting - nodes - unshared - forked)),
+            pages_sharing=max(0, round(sharing)),
             pages_unshared=round(unshared),
-            pages_volatile=round(volatile + forked),
+            pages_volatile=round(point.instances * self._volatile_each + forked),
             ksm_zero_pages=round(placed),
             fork_shared=round(forked),
         )
+
+    def merged(self, points: Sequence[Point]) -> F64:
+        """Merged mappings at each point: `pages_shared` and `pages_sharing`."""
+        n = np.array([p.instances for p in points], np.int64)
+        frames = np.array([p.frames for p in points], np.float64)
+        nodes, sharing, *_ = self._loads(n, frames)
+        return np.asarray(np.round(nodes) + np.maximum(0, np.round(sharing)))
+
+    def _loads(self, n: I64, frames: F64) -> tuple[F64, F64, F64, F64, F64]:
+        i, numbers = self.incidence, self.numbers(n)
+        changing = numbers @ i.mean(i.volatile_frames)
+        nodes, gone, forked = i.nodes(numbers), self._gone(n), i.fork_shared(numbers)
+        unshared = np.maximum(0.0, frames - changing - nodes)
+        lasting = n * (self._scanned_each - self._volatile_each) - gone
+        return nodes, lasting - nodes - unshared - forked, unshared, gone, forked
 
     def _gone(self, n: I64) -> F64:
         """Pages that leave KSM: all-zero ones that the shared zero page replaces."""

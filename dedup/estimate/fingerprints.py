@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, TypedDict
@@ -14,6 +15,8 @@ from dedup.kernel import footprint, pagemap, processes
 from dedup.pages import FRAME_MASK, Flag
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from dedup.estimate.key import Key
@@ -28,6 +31,11 @@ ZERO: Final = np.uint8(1)
 CONSTANT: Final = np.uint8(2)
 """Class flag: one byte value throughout."""
 CHANGES: Final = Flag.VOLATILE | Flag.NEW
+LIVE: Final = "live"
+UNKNOWN: Final = "unknown"
+RANDOMIZED: Final = ("all", "some", "none", UNKNOWN)
+MIXED: Final = "mixed"
+SOURCES: Final = (LIVE, "core", "image", "criu", MIXED)
 TUNABLES: Final = ("max_page_sharing", "use_zero_pages", "merge_across_nodes", "smart_scan",
                    "pages_to_scan", "sleep_millisecs")  # fmt: skip
 
@@ -60,15 +68,24 @@ class Facts:
     """The steady state lay beyond the last look."""
     other_anonymous_bytes: int
     """Anonymous memory out of the scan's scope, and that of hugetlb."""
-    file_bytes: int
-    shared_memory_bytes: int
-    page_table_bytes: int
+    file_bytes: int | None
+    """None here and below: the source can't tell."""
+    shared_memory_bytes: int | None
+    page_table_bytes: int | None
     kernel_bytes: int | None
-    swap_bytes: int
+    swap_bytes: int | None
     randomized: str
-    """Addresses are random: `all`, `none`, or `some` of the processes."""
+    """Addresses are random: `all`, `none`, or `some` of the processes; `unknown` of files."""
     taken: str
     """Time, ISO 8601."""
+    source: str = LIVE
+    """What was scanned: `live`, `core`, `image`, `criu`, or `mixed`."""
+    guest_bytes: int = 0
+    """Of guests: QEMU's mappings that are their memory, and whole images."""
+    user: str | None = None
+    """Keyed hash of the user, where it has one alone."""
+    cgroup: str | None = None
+    """The same of the cgroup."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,22 +135,21 @@ def of_scan(scan: Scan, key: Key, label: str = "") -> Instance:
     placed = sum(p.ksm_zero_pages for p in pages.processes)
     if placed:
         contents = _with_zeros(contents, placed, _zero(pages.page_size, key))
+    live = [p for p in pages.processes if p.stored is None]
     own = pages.frames[changed]
     alone = (own & (Flag.EXCLUSIVE | Flag.HIDDEN)) != 0
     shared = np.unique(own[~alone] & FRAME_MASK)
     return Instance(
         Facts(
             label=label or _label(scan),
-            instance=key.tag(
-                " ".join(
-                    [processes.boot_id(),
-                     *sorted(f"{p.id.pid},{p.id.start_time}" for p in pages.processes)]
-                )
-            ),
+            instance=key.tag(_identity(scan, contents)),
             key_id=key.id,
-            kernel=scan.kernel,
+            # Files may come from anywhere: this host's kernel and tunables are not theirs.
+            kernel=scan.kernel if live else "",
             page_size=pages.page_size,
-            tunables={n: int(scan.tunables[n]) for n in TUNABLES if n in scan.tunables},
+            tunables={
+                n: int(scan.tunables[n]) for n in TUNABLES if live and n in scan.tunables
+            },
             processes=len(pages.processes),
             looks=pages.looks,
             scanned_pages=int(np.count_nonzero(present)) + placed,
@@ -145,10 +161,48 @@ def of_scan(scan: Scan, key: Key, label: str = "") -> Instance:
             drifting=bool(scan.drifting),
             extrapolated=scan.extrapolated,
             taken=datetime.now(UTC).isoformat(timespec="seconds"),
+            source=_source(scan),
+            guest_bytes=_guest_bytes(scan),
+            user=_only([p.user for p in live], len(pages.processes), key),
+            cgroup=_only([p.cgroup for p in live], len(pages.processes), key),
             **_rest(scan),
         ),
         contents,
     )  # fmt: skip
+
+
+def _identity(scan: Scan, contents: Contents) -> str:
+    """What two scans of one instance have alike: its processes, or all contents of its files.
+
+    Pids in files may come from any host, and from containers, where all begin at 1.
+    """
+    pages = scan.pages
+    words = [f"{p.id.pid},{p.id.start_time}" for p in pages.processes if p.stored is None]
+    if pages.stored:
+        digest = hashlib.blake2b(contents.fingerprint.tobytes(), digest_size=16)
+        digest.update(contents.mappings.tobytes())
+        words.append(digest.hexdigest())
+    return " ".join(
+        [processes.boot_id() if len(words) > bool(pages.stored) else "", *sorted(words)]
+    )
+
+
+def _source(scan: Scan) -> str:
+    pages = scan.pages
+    kinds = {LIVE if p.stored is None else pages.stored[p.stored].kind for p in pages.processes}
+    return kinds.pop() if len(kinds) == 1 else MIXED
+
+
+def _guest_bytes(scan: Scan) -> int:
+    pages = scan.pages
+    whole = [p.stored is not None and pages.stored[p.stored].kind == "image"
+             for p in pages.processes]  # fmt: skip
+    return sum(r.end - r.start for r in pages.regions if r.guest or whole[r.process])
+
+
+def _only(names: Sequence[str], of: int, key: Key) -> str | None:
+    """Keyed hash of the name that all have."""
+    return key.tag(names[0]) if len(names) == of and len(set(names)) == 1 else None
 
 
 def _label(scan: Scan) -> str:
@@ -226,22 +280,31 @@ def _with_zeros(c: Contents, placed: int, fingerprint: np.uint64) -> Contents:
 
 class _Rest(TypedDict):
     other_anonymous_bytes: int
-    file_bytes: int
-    shared_memory_bytes: int
-    page_table_bytes: int
+    file_bytes: int | None
+    shared_memory_bytes: int | None
+    page_table_bytes: int | None
     kernel_bytes: int | None
-    swap_bytes: int
+    swap_bytes: int | None
     randomized: str
 
 
 def _rest(scan: Scan) -> _Rest:
-    """Memory besides, of the processes as they are now."""
+    """Memory besides, of the live processes as they are now."""
     regions = scan.pages.regions
+    live = [p for p in scan.pages.processes if p.stored is None]
+    huge = sum(r.resident_bytes or 0 for r in regions if "ht" in r.vm_flags)
+    other = huge + sum(r.anonymous_bytes for r in regions if not r.scanned)
+    if not live:
+        return {
+            "other_anonymous_bytes": other, "file_bytes": None, "shared_memory_bytes": None,
+            "page_table_bytes": None, "kernel_bytes": None, "swap_bytes": None,
+            "randomized": UNKNOWN,
+        }  # fmt: skip
     files: dict[str, int] = {}
     shared = tables = 0
-    pids = [p.id.pid for p in scan.pages.processes]
+    pids = [p.id.pid for p in live]
     random = 0
-    for process in scan.pages.processes:
+    for process in live:
         try:
             with processes.Handle(process.id.pid) as handle:
                 found = footprint.read(handle)
@@ -252,12 +315,11 @@ def _rest(scan: Scan) -> _Rest:
         shared += found.shared_memory_bytes
         tables += found.page_table_bytes
         random += processes.randomized(process.id.pid)
-    cgroups = {p.cgroup for p in scan.pages.processes}
+    cgroups = {p.cgroup for p in live}
     kernel = [footprint.kernel_bytes(cgroup, pids) for cgroup in cgroups]
     known = [k for k in kernel if k is not None]
-    huge = sum(r.resident_bytes or 0 for r in regions if "ht" in r.vm_flags)
     return {
-        "other_anonymous_bytes": huge + sum(r.anonymous_bytes for r in regions if not r.scanned),
+        "other_anonymous_bytes": other,
         "file_bytes": sum(files.values()),
         "shared_memory_bytes": shared,
         "page_table_bytes": tables,

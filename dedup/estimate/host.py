@@ -10,12 +10,10 @@ from dedup.estimate import stress
 from dedup.estimate.curve import LEAST
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterable
 
     from dedup.estimate.curve import Point, Service
 
-INSTANCES_MOST: Final = 10_000
-"""A plan goes no further."""
 UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -28,6 +26,8 @@ class Memory:
     """For whatever else runs there."""
     headroom: float = 0.0
     """Share of the rest that is to stay free."""
+    swap_bytes: int = 0
+    """Where pages can go for which there is no room."""
 
     @property
     def budget_bytes(self) -> int:
@@ -63,20 +63,20 @@ def parse_size(text: str) -> int:
 
 def fit(service: Service, memory: Memory, least: int = LEAST) -> tuple[list[Point], Fits]:
     """How many fit, and the curve that far, or to `least` instances at the least."""
-    budget, most = memory.budget_bytes, max(LEAST, least)
+    budget, most = memory.budget_bytes, min(service.most, max(LEAST, least))
     points = service.curve(most)
-    while points[-1].low_bytes <= budget and most < INSTANCES_MOST:
-        most = min(2 * most, INSTANCES_MOST)
+    while points[-1].low_bytes <= budget and most < service.most:
+        most = min(2 * most, service.most)
         points = service.curve(most)
 
-    def largest(need: Callable[[Point], int]) -> int:
-        return next((p.instances - 1 for p in points if need(p) > budget), most)
+    def largest(need: Iterable[int]) -> int:
+        return next((n for n, b in enumerate(need) if b > budget), most)
 
     found = Fits(
-        without_ksm=largest(lambda p: p.without_ksm_bytes),
-        with_ksm=largest(lambda p: p.bytes),
-        low=largest(lambda p: p.high_bytes),
-        high=largest(lambda p: p.low_bytes),
-        safe=largest(lambda p: stress.worst_bytes(service, p)),
+        without_ksm=largest(p.without_ksm_bytes for p in points),
+        with_ksm=largest(p.bytes for p in points),
+        low=largest(p.high_bytes for p in points),
+        high=largest(p.low_bytes for p in points),
+        safe=largest(stress.worst_bytes(service, points)),
     )
     return points[: max(LEAST, least, found.with_ksm)], found

@@ -3,6 +3,9 @@
 Incidence is nearly two-peaked: a content is in all instances or in one. What lies between decides
 how what is new in the n-th instance gets less (`heaps`), and whether the instances are of several
 classes that share within themselves only.
+
+Several services go together: what one has in common with another is counted once, and each grows
+by what it alone has.
 """
 
 from __future__ import annotations
@@ -10,29 +13,35 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from dedup.errors import Usage
-from dedup.estimate.fingerprints import ZERO
+from dedup.estimate.join import Patterns, Special, join
+from dedup.estimate.rules import Counts, Rules, kept
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from numpy.typing import NDArray
-
     from dedup.estimate.fingerprints import Instance
-    from dedup.pages import I64, U64, Bool
+    from dedup.estimate.rules import F64
+    from dedup.pages import I64, Bool
 
-    F64 = NDArray[np.float64]
+__all__ = ["Counts", "Frames", "Incidence", "Rules", "kept"]
 
 INSTANCES_MOST: Final = 64
 """A bit each."""
 SUBSETS_MOST: Final = 2048
 """Subsets of the instances that are looked at one by one; more are drawn at random."""
-CELLS_MOST: Final = 1 << 24
-"""Of the table of contents by subsets, at a time."""
+SUBSETS_LEAST: Final = 16
+"""So many are drawn where each takes long."""
+MASKS_MOST: Final = 1 << 24
+"""Of subsets by sets of instances that have something in common, all that are looked at."""
+CELLS_MOST: Final = 1 << 20
+"""Of a table of contents by subsets or by numbers, at a time."""
+GROWTH_MOST: Final = 1 << 26
+"""Of the table of what all have by numbers of instances; beyond it some numbers are left out."""
 INTERVAL_SHARE: Final = 0.01
 """By so much of all frames the interval is widened on both sides."""
 CLASSES_RATIO: Final = 1.2
@@ -41,45 +50,20 @@ CLASSES_PAGES: Final = 20
 LEAST: Final = 3
 """Instances that can tell the shared, the partly shared and classes apart."""
 CONFIDENCE: Final = 0.95
+NORMAL: Final = 1.959964
+"""Of the normal distribution, 95 % lie so many standard deviations around the mean."""
 
 
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """What decides how many frames a content keeps (mm/ksm.c)."""
-
-    max_page_sharing: int = 256
-    use_zero_pages: bool = False
+STUDENT: Final = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Student's t for 95 %, both sides, from 1 degree of freedom on."""
 
 
-class Counts(NamedTuple):
-    """Mappings and frames of contents, arrays of one shape."""
-
-    mappings: F64
-    own: F64
-    """Frames of the instances alone."""
-    outside: F64
-    """Frames that instances and others share by fork."""
-    huge: F64
-    """Mappings in huge pages; asked of all-zero contents alone."""
-    zero: Bool
-
-
-def kept(c: Counts, rules: Rules) -> F64:
-    """Frames that contents keep once ksmd has converged.
-
-    One; several where mappings are more than `max_page_sharing`; an all-zero one gives the
-    mappings in huge pages back when these split, and all with `use_zero_pages`.
-    """
-    frames = c.own + c.outside
-    # A fraction where mappings are means: rounding must not make one more of it.
-    nodes = np.ceil(np.round(c.mappings / rules.max_page_sharing, 9))
-    out = np.minimum(nodes, frames)
-    if not c.zero.any():
-        return out
-    small = np.maximum(c.mappings - c.huge, 0)
-    split = np.minimum(np.ceil(np.round(small / rules.max_page_sharing, 9)), frames)
-    zero = np.where(frames >= 2, split, out) if not rules.use_zero_pages else np.zeros_like(out)
-    return np.where(c.zero, zero, out)
+def student(freedom: int) -> float:
+    """Student's t for 95 %, both sides; from the table, or a series good to 0.003 beyond it."""
+    if freedom <= len(STUDENT):
+        return STUDENT[freedom - 1]
+    z = NORMAL
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,35 +77,16 @@ class Frames:
     """As if what is new in an instance stayed the same."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Common:
-    """Contents that all instances have, by alike ones: mean of each, and how many there are."""
-
-    mappings: F64
-    own: F64
-    outside: F64
-    huge: F64
-    zero: Bool
-    times: F64
-
-    def kept(self, n: F64, rules: Rules) -> F64:
-        """Frames that they keep with so many instances each."""
-        m = n[:, None]
-        counts = Counts(
-            m * self.mappings, m * self.own, self.outside[None, :] + 0 * m, m * self.huge,
-            np.broadcast_to(self.zero, (len(n), len(self.zero))),
-        )  # fmt: skip
-        return np.asarray(kept(counts, rules) @ self.times)
-
-
 class Incidence:
     """Contents of k instances by which of them have each.
 
     Parameters
     ----------
     instances : sequence of Instance
-        Of one service.
+        Of one service, or of several, one service after another.
     rules : Rules
+    sizes : sequence of int, optional
+        Instances of each service; None: all are of one.
 
     Raises
     ------
@@ -129,288 +94,333 @@ class Incidence:
         There are more than `INSTANCES_MOST`.
     """
 
-    def __init__(self, instances: Sequence[Instance], rules: Rules) -> None:
+    def __init__(
+        self, instances: Sequence[Instance], rules: Rules, sizes: Sequence[int] | None = None
+    ) -> None:
         k = len(instances)
         if not 1 <= k <= INSTANCES_MOST:
             raise Usage(f"{k} instances are too many at once", f"give {INSTANCES_MOST} at the most")
         self.k, self.rules = k, rules
+        self.sizes = np.array([k] if sizes is None else sizes, np.int64)
+        """Instances seen of each service."""
+        self.services = len(self.sizes)
+        self.service = np.repeat(np.arange(self.services), self.sizes)
         facts = [i.facts for i in instances]
         self.volatile_pages = np.array([f.volatile_pages for f in facts], np.float64)
         self.volatile_frames = np.array([f.volatile_frames for f in facts], np.float64)
         self.scanned_pages = np.array([f.scanned_pages for f in facts], np.float64)
-        columns = [i.contents for i in instances]
-        fingerprint = np.concatenate([c.fingerprint for c in columns])
-        which = np.repeat(np.arange(k), [len(c) for c in columns])
-        # A merge sort takes the sorted files as they are.
-        order = np.argsort(fingerprint, kind="stable")
-        first = np.ones(len(order), bool)
-        first[1:] = fingerprint[order[1:]] != fingerprint[order[:-1]]
-        starts = np.flatnonzero(first)
-        self._order, self._which = order, which[order]
-        self._starts = starts
-        self._sizes = np.diff(np.append(starts, len(order)))
-        self._content = np.cumsum(first) - 1
-        self._table = {
-            name: np.concatenate([getattr(c, name) for c in columns])[order].astype(np.int64)
-            for name in ("mappings", "frames", "outside", "huge", "flags")
-        }
-        bits = np.uint64(1) << self._which.astype(np.uint64)
-        self.mask: U64 = np.bitwise_or.reduceat(bits, starts) if len(starts) else bits
-        self.incidence: I64 = self._sizes
-        """In how many instances each content is."""
-        self.whole = self._counts()
-        self.cost = kept(self.whole, rules)
-        self.own_frames = self._own_frames()
+        self._joined = found = join(instances, self.service, rules)
+        self.own_frames = found.own_frames + self.volatile_frames
         """Frames of each instance alone, before anything merges."""
-        self.outside_frames = float(self.whole.outside.sum())
+        self.outside_frames = found.outside_frames
         """Frames that they share by fork."""
-        # Their cost is one frame wherever they are; that of the others depends on how many
-        # mappings there are.
-        self._simple = (self.whole.mappings <= rules.max_page_sharing) & ~self.whole.zero
-        self._masks, inverse = np.unique(self.mask[self._simple], return_inverse=True)
-        self._mask_cost = np.bincount(inverse, minlength=len(self._masks)).astype(np.float64)
-        self.common = self._common()
-        self.private = self._private()
+        self.private = found.private
         """Frames kept by what an instance has alone, for each."""
-        self._nodes = self._count_nodes()
-        single = (self.whole.own + self.whole.outside == 1) & (self.incidence == 1)
-        self._forked = float((self.whole.mappings[single] - 1).sum()) / k
+        self.alone_frames = self._kept_by(np.eye(k, dtype=bool)) + self.volatile_frames
+        """Frames that each instance keeps by itself."""
+        self._seen_before: dict[tuple[int, ...], Frames] = {}
+
+    # -- of each service ---------------------------------------------------------------------------
+
+    def mean(self, values: F64) -> F64:
+        """The mean over the instances of each service."""
+        return np.bincount(self.service, values, self.services) / self.sizes
+
+    def of(self, values: F64, service: int) -> F64:
+        """Those of one service's instances."""
+        return np.asarray(values[self.service == service])
+
+    def numbers(self, n: I64) -> I64:
+        """Numbers of instances, shape (points, services)."""
+        return np.asarray(n, np.int64).reshape(len(n), self.services)
+
+    def zero_mean(self, *, huge: bool) -> F64:
+        """All-zero pages of an instance of each service, or those of them in huge pages."""
+        found = self._joined.zero_huge if huge else self._joined.zero_mappings
+        return np.asarray(found / self.sizes)
+
+    def zero_frames_mean(self) -> F64:
+        """Frames of all-zero pages that an instance of each service has for itself."""
+        return np.asarray(self._joined.zero_frames / self.sizes)
+
+    def private_within(self, service: int) -> F64:
+        """Frames kept by what each instance has alone among those of its service."""
+        return self.of(self._joined.private_within, service)
 
     # -- what was seen -----------------------------------------------------------------------------
 
-    def _sum(self, name: str) -> F64:
-        if not len(self._starts):
-            return np.zeros(0)
-        return np.add.reduceat(self._table[name], self._starts).astype(np.float64)
-
-    def _counts(self) -> Counts:
-        outside = self._table["outside"]
-        most = np.maximum.reduceat(outside, self._starts) if len(self._starts) else outside
-        zero = (self._table["flags"] & int(ZERO)) != 0
-        return Counts(
-            self._sum("mappings"),
-            self._sum("frames") - self._sum("outside"),
-            most.astype(np.float64),
-            self._sum("huge"),
-            np.asarray(zero[self._starts]),
-        )
-
     def nodes(self, n: I64) -> F64:
         """Stable nodes for so many instances each, about: between those counted on a line."""
-        one, alone, every = self._nodes
-        if self.k == 1:
-            return np.asarray(n * alone)
-        growth = self.common.kept(np.append(self.k, n).astype(np.float64), self.rules)
-        beyond = every + (n - self.k) * one + growth[1:] - growth[0]
-        between = alone + (n - 1) * (every - alone) / (self.k - 1)
-        return np.where(n <= self.k, between, beyond)
-
-    def _own_frames(self) -> F64:
-        own = self._table["frames"] - self._table["outside"]
-        return np.bincount(self._which, own, self.k) + self.volatile_frames
-
-    def _common(self) -> _Common:
-        """All-zero contents are among them: whoever has such pages has the same."""
-        c = self.whole
-        every = (self.incidence == self.k) | c.zero
-        rows = np.stack([c.mappings, c.own, c.outside, c.huge, c.zero.astype(np.float64)])
-        alike, times = np.unique(rows[:, every], axis=1, return_counts=True)
-        mean = alike / self.k
-        return _Common(mean[0], mean[1], alike[2], mean[3], alike[4] != 0, times.astype(np.float64))
-
-    def _private(self) -> F64:
-        alone = (self.incidence == 1) & ~self.whole.zero
-        owner = self._which[self._starts[alone]]
-        return np.bincount(owner, self.cost[alone], self.k).astype(np.float64)
-
-    def _count_nodes(self) -> tuple[float, float, float]:
-        """Stable nodes, the mean: of what an instance has alone, of all it has; of all together."""
-        t = self._table
-        zero = self.whole.zero[self._content]
-        none = np.zeros(len(zero))
-        counts = Counts(
-            t["mappings"].astype(np.float64), t["frames"].astype(np.float64), none,
-            t["huge"].astype(np.float64), zero,
-        )  # fmt: skip
-        cost = np.where(t["frames"] >= 2, kept(counts, self.rules), 0)
-        private = (self.incidence == 1)[self._content] & ~zero
-        merged = self.whole.own + self.whole.outside >= 2
-        return (
-            float(cost[private].sum()) / self.k,
-            float(cost.sum()) / self.k,
-            float(self.cost[merged].sum()),
-        )
+        n, j, k = self.numbers(n), self._joined, self.sizes
+        alone = j.nodes_alone / k
+        seen = np.minimum(n, k)
+        between = alone + (seen - 1) * (j.nodes_service - alone) / np.maximum(k - 1, 1)
+        # What several services merge together is less, or more, than what each merges.
+        together = (seen / k).prod(axis=1) * (j.nodes - j.nodes_service.sum())
+        one = np.where(k == 1, alone, j.nodes_private / k)
+        beyond = ((n - seen) * one).sum(axis=1)
+        return np.asarray(between.sum(axis=1) + together + beyond + self._growth(n, certain=True))
 
     def fork_shared(self, n: I64) -> F64:
         """Mappings of frames that nothing but fork shares, but for one of each frame."""
-        if self.k == 1:
-            return np.asarray(n * self._forked)
-        c = self.common
-        one = (c.own == 0) & (c.outside == 1)
-        common = n * float(c.mappings[one] @ c.times[one]) - c.times[one].sum()
-        return np.asarray(n * self._forked + np.maximum(0, common))
+        n, c = self.numbers(n), self._joined.patterns
+        out = n @ (self._joined.forked / self.sizes)
+        if c is None or self.sizes.max() == 1:
+            return np.asarray(out)
+        one = (c.own.sum(axis=1) == 0) & (c.outside == 1) & c.certain
+        mean = (c.mappings[one] / self.sizes).T @ c.times[one]
+        return np.asarray(out + np.maximum(0, n @ mean - c.times[one].sum()))
 
-    def subsets(self, j: int) -> Bool:
-        """Subsets of j instances, shape (subsets, k): all, or some where there are many."""
-        if math.comb(self.k, j) <= SUBSETS_MOST:
-            chosen = list(itertools.combinations(range(self.k), j))
+    def subsets(self, seen: Sequence[int]) -> Bool:
+        """Subsets with so many instances of each service, shape (subsets, k).
+
+        All, or some where there are many.
+        """
+        most = int(np.clip(MASKS_MOST // (self.k * max(1, len(self._joined.masks))),
+                           SUBSETS_LEAST, SUBSETS_MOST))  # fmt: skip
+        ways = [(np.flatnonzero(self.service == s), n) for s, n in enumerate(seen)]
+        if math.prod(math.comb(len(of), n) for of, n in ways) <= most:
+            each = [itertools.combinations(of.tolist(), n) for of, n in ways]
+            chosen = [list(itertools.chain(*parts)) for parts in itertools.product(*each)]
         else:
-            random = np.random.default_rng(j)
-            chosen = [tuple(random.permutation(self.k)[:j].tolist()) for _ in range(SUBSETS_MOST)]
+            random = np.random.default_rng(list(seen))
+            chosen = [
+                [i for of, n in ways for i in random.permutation(of)[:n].tolist()]
+                for _ in range(most)
+            ]
         out = np.zeros((len(chosen), self.k), bool)
         for row, members in zip(out, chosen, strict=True):
-            row[list(members)] = True
+            row[members] = True
         return out
 
-    def kept_by(self, subsets: Bool) -> F64:
+    def _kept_by(self, subsets: Bool) -> F64:
         """Frames that the contents of each subset keep, volatile pages left out; exact."""
+        j = self._joined
         weights = np.uint64(1) << np.arange(self.k, dtype=np.uint64)
         bits = (subsets * weights).sum(axis=1, dtype=np.uint64)
-        out = np.array([float(self._mask_cost[(self._masks & b) != 0].sum()) for b in bits])
-        special = np.flatnonzero(~self._simple)
-        step = max(1, CELLS_MOST // max(1, len(subsets)))
-        for at in range(0, len(special), step):
-            out += self._kept_special(special[at : at + step], subsets)
+        out = np.array([float(j.mask_contents[(j.masks & b) != 0].sum()) for b in bits])
+        if j.special is not None:
+            step = max(1, CELLS_MOST // max(self.k, len(subsets)))
+            for at in range(0, len(j.special.start), step):
+                out += self._kept_special(j.special, at, at + step, subsets)
         return out
 
-    def _kept_special(self, contents: I64, subsets: Bool) -> F64:
-        row = np.full(len(self._starts), -1)
-        row[contents] = np.arange(len(contents))
-        at = np.flatnonzero(row[self._content] >= 0)
-        where = row[self._content[at]], self._which[at]
+    def _kept_special(self, s: Special, first: int, end: int, subsets: Bool) -> F64:
+        start = s.start[first:end]
+        rows = slice(int(start[0]), int(s.start[end]) if end < len(s.start) else len(s.which))
+        content = np.repeat(
+            np.arange(len(start)), np.diff(np.append(start - start[0], rows.stop - rows.start))
+        )
         tables = {}
-        for name in ("mappings", "frames", "outside", "huge"):
-            table = np.zeros((len(contents), self.k))
-            table[where] = self._table[name][at]
+        for name in ("mappings", "own", "outside", "huge"):
+            table = np.zeros((len(start), self.k))
+            table[content, s.which[rows]] = getattr(s, name)[rows]
             tables[name] = table
         inside = subsets.T.astype(np.float64)
-        outside = np.stack([tables["outside"][:, s].max(axis=1, initial=0) for s in subsets], 1)
+        outside = np.stack([tables["outside"][:, x].max(axis=1, initial=0) for x in subsets], 1)
         counts = Counts(
-            tables["mappings"] @ inside,
-            (tables["frames"] - tables["outside"]) @ inside,
-            outside,
-            tables["huge"] @ inside,
-            np.broadcast_to(self.whole.zero[contents][:, None], outside.shape),
-        )
+            tables["mappings"] @ inside, tables["own"] @ inside, outside, tables["huge"] @ inside,
+            np.broadcast_to(s.zero[first:end, None], outside.shape),
+        )  # fmt: skip
         return np.asarray(kept(counts, self.rules).sum(axis=0))
 
-    def rarefied(self, j: int) -> float:
-        """Frames kept by what is in j of the instances, the mean over all such subsets.
+    def rarefied(self, j: int, service: int = 0) -> float:
+        """Frames kept by what is in j of a service's instances, the mean over all such subsets.
 
-        In closed form, each content at what it costs with all k.
+        In closed form, each content at what it costs with all of them. What other services have as
+        well does not count.
         """
-        total = math.comb(self.k, j)
-        missing = np.array([math.comb(self.k - q, j) / total for q in range(self.k + 1)])
-        counted = ~self.whole.zero
-        cost = np.bincount(self.incidence[counted], self.cost[counted], self.k + 1)
-        return float(cost @ (1 - missing))
+        k = int(self.sizes[service])
+        total = math.comb(k, j)
+        missing = np.array([math.comb(k - q, j) / total for q in range(k + 1)])
+        return float(self._joined.exclusive[service, : k + 1] @ (1 - missing))
 
     # -- what was not ------------------------------------------------------------------------------
 
-    @property
-    def classes_suspected(self) -> bool:
-        """Whether the instances look as if they were of several kinds.
+    def suspected(self, service: int) -> bool:
+        """Whether the instances of a service look as if they were of several kinds.
 
         The number of private contents then differs by more than chance: who is alone in its class
         has all its layout for itself.
         """
-        if self.k < LEAST:
+        if self.sizes[service] < LEAST:
             return False
-        return bool(self.private.max() > CLASSES_RATIO * self.private.min() + CLASSES_PAGES)
+        private = self.private_within(service)
+        return bool(private.max() > CLASSES_RATIO * private.min() + CLASSES_PAGES)
+
+    @property
+    def classes_suspected(self) -> bool:
+        """Whether those of any service do."""
+        return any(self.suspected(s) for s in range(self.services))
 
     @property
     def class_share(self) -> float:
-        """So large a share of all instances may be of a kind not seen, at the most (95 %)."""
-        return float(1 - (1 - CONFIDENCE) ** (1 / self.k))
+        """So large a share of a service's instances may be of a kind not seen, at most (95 %)."""
+        return float(1 - (1 - CONFIDENCE) ** (1 / int(self.sizes.min())))
+
+    def bounded(self, service: int) -> bool:
+        """Whether what was seen bounds the unseen; else the worst case is the upper bound."""
+        return bool(self.sizes[service] >= LEAST) and not self.suspected(service)
 
     @property
     def certain(self) -> bool:
-        """Whether what was seen bounds the unseen; else the worst case is the upper bound."""
-        return self.k >= LEAST and not self.classes_suspected
+        """Whether that is so for all services."""
+        return all(self.bounded(s) for s in range(self.services))
 
-    @property
-    def heaps_exponent(self) -> float:
+    def exponent(self, service: int = 0) -> float:
         """By which what is new gets less with each instance; 0 where it does not."""
-        if self.k < 2:
+        k = int(self.sizes[service])
+        if k < 2:
             return 0.0
-        new = self.rarefied(self.k) - self.rarefied(self.k - 1)
-        before = self.rarefied(self.k - 1) - self.rarefied(self.k - 2)
+        new = self.rarefied(k, service) - self.rarefied(k - 1, service)
+        before = self.rarefied(k - 1, service) - self.rarefied(k - 2, service)
         if before <= 0:
             return 0.0
         if new <= 0:
             return math.inf
-        return max(0.0, -math.log(new / before) / math.log(self.k / (self.k - 1)))
+        return max(0.0, -math.log(new / before) / math.log(k / (k - 1)))
 
     def without_ksm(self, n: I64) -> F64:
         """Frames of so many instances each, nothing merged."""
-        return np.asarray(n * self.own_frames.mean() + self.outside_frames)
+        return np.asarray(self.numbers(n) @ self.mean(self.own_frames) + self.outside_frames)
+
+    def apart(self, n: I64) -> F64:
+        """Frames of so many instances each, where each merges with itself alone."""
+        mapped = self.own_frames + self._joined.outside_each
+        saved = self.mean(mapped - self.alone_frames)
+        return np.asarray(self.without_ksm(n) - self.numbers(n) @ saved)
 
     def curve(self, most: int) -> list[Frames]:
-        """Frames for 1, 2, … `most` instances, once ksmd has converged.
+        """Frames for 1, 2, … `most` instances of each service, once ksmd has converged."""
+        return self.at(np.repeat(np.arange(1, most + 1)[:, None], self.services, axis=1))
+
+    def at(self, n: I64) -> list[Frames]:
+        """Frames for so many instances of each service, once ksmd has converged.
 
         Up to the number seen they are exact: the mean over all subsets of that many, and the range
         over them. With one instance only what is certain is counted as merged: within it, and its
         all-zero pages; the low bound is that of instances alike.
+
+        Parameters
+        ----------
+        n : int64 array, shape (points, services)
+            Ascending in each service.
         """
-        found = [self._seen(j) for j in range(1, min(self.k, most) + 1)]
-        if most > self.k:
-            found += self._unseen(np.arange(self.k + 1, most + 1))
+        n = self.numbers(n)
+        known = np.minimum(n, self.sizes)
+        seen = np.array([self._columns(self._seen(tuple(row))) for row in known.tolist()])
+        frames, low, high, lin = seen.T
+        more = n - known
+        # Volatile pages take a frame each, wherever they are.
+        volatile = more @ self.mean(self.volatile_frames)
+        certain = alike = self._growth(n, certain=True)
+        if self.sizes.min() == 1:
+            alike = self._growth(n, certain=False)
+        frames, high, lin = (column + volatile + certain for column in (frames, high, lin))
+        low = low + volatile + alike
+        # Whatever further ones have: those seen are among all.
+        least = (1 - INTERVAL_SHARE) * low
+        widened = np.zeros(len(n), bool)
+        for s in range(self.services):
+            grown = self._grown(s, n[:, s])
+            frames, low, high, lin = (
+                a + b for a, b in zip((frames, low, high, lin), grown, strict=True)
+            )
+            widened |= (more[:, s] > 0) & bool(self.sizes[s] >= LEAST)
+        wider = INTERVAL_SHARE * frames * widened
+        low = np.where(widened, np.maximum(low - wider, least), low)
+        low, high = np.minimum(low, frames), np.maximum(high + wider, frames)
+        beyond = (more > 0).any(axis=1)
+        high[beyond] = np.maximum.accumulate(high[beyond])
+        return [Frames(*map(float, row)) for row in np.stack([frames, low, high, lin], axis=1)]
+
+    @staticmethod
+    def _columns(f: Frames) -> tuple[float, float, float, float]:
+        return f.frames, f.low, f.high, f.lin
+
+    def _seen(self, seen: tuple[int, ...]) -> Frames:
+        found = self._seen_before.get(seen)
+        if found is None:
+            subsets = self.subsets(seen)
+            total = self._kept_by(subsets) + subsets @ self.volatile_frames
+            mean = float(total.mean())
+            found = Frames(mean, float(total.min()), float(total.max()), mean)
+            self._seen_before[seen] = found
         return found
 
-    def _seen(self, j: int) -> Frames:
-        subsets = self.subsets(j)
-        volatile = subsets @ self.volatile_frames
-        all_kept = self.kept_by(subsets) + volatile
-        mean = float(all_kept.mean())
-        return Frames(mean, float(all_kept.min()), float(all_kept.max()), mean)
+    def _growth(self, n: I64, *, certain: bool) -> F64:
+        """Frames more that need those contents that all have: by chains, with all seen or more."""
+        c, seen = self._joined.patterns, np.minimum(n, self.sizes)
+        beyond = np.flatnonzero((n > seen).any(axis=1))
+        out = np.zeros(len(n))
+        if c is None or not len(beyond):
+            return out
+        if certain:
+            c = c.only(c.certain)
+        # More patterns than any service has: some of the points, and lines between them.
+        step = max(1, -(-len(beyond) * len(c.times) // GROWTH_MOST))
+        at = beyond[np.unique(np.append(np.arange(0, len(beyond), step), len(beyond) - 1))]
+        grown = self._kept_common(c, n[at]) - self._kept_common(c, seen[at])
+        out[beyond] = np.interp(beyond, at, grown)
+        return out
 
-    def _unseen(self, n: I64) -> list[Frames]:
-        k, more = self.k, (n - self.k).astype(np.float64)
-        every = np.ones((1, k), bool)
-        base = float(self.kept_by(every)[0]) + n * float(self.volatile_frames.mean())
-        common = self.common.kept(np.append(k, n).astype(np.float64), self.rules)
-        base = base + common[1:] - common[0]
-        alone = self._seen(1).frames
-        worst = self._seen(k).frames + more * alone
-        mean = float(self.private.mean())
-        lin = base + more * mean
+    def _kept_common(self, c: Patterns, n: I64) -> F64:
+        """Frames that contents of these patterns keep with so many instances each."""
+        out = np.zeros(len(n))
+        means = [column / self.sizes for column in (c.mappings, c.own, c.huge)]
+        step = max(1, CELLS_MOST // max(1, len(n)))
+        for at in range(0, len(c.times), step):
+            part = slice(at, at + step)
+            mappings, own, huge = (n @ mean[part].T for mean in means)
+            counts = Counts(
+                mappings, own, np.broadcast_to(c.outside[part], mappings.shape), huge,
+                np.broadcast_to(c.zero[part], mappings.shape),
+            )  # fmt: skip
+            out += kept(counts, self.rules) @ c.times[part]
+        return out
+
+    def _grown(self, s: int, n: I64) -> tuple[F64, F64, F64, F64]:
+        """Frames more than those seen, the least, the most, and if what is new stayed the same."""
+        k = int(self.sizes[s])
+        more = np.maximum(n - k, 0).astype(np.float64)
+        private = self.of(self.private, s)
+        mean = float(private.mean())
+        # Whoever shares with nobody needs all that an instance needs by itself.
+        alone = self.of(self.alone_frames - self.volatile_frames, s)
+        worst = more * float(alone.mean())
         if k == 1:
             # What is certain: within the instance, and all-zero pages; or all of them are alike.
-            zeros = _only(self.common, self.common.zero)
-            zero = zeros.kept(np.append(k, n).astype(np.float64), self.rules)
-            kept_zero = zero[1:]
-            lin = self.volatile_frames[0] * n + (alone - self.volatile_frames[0] - zero[0]) * n
-            frames = lin + kept_zero
-            return _frames(frames, base, frames, frames)
-        heaps = base + mean * self._heaps(n)
+            own = more * float(alone[0] - self._zero_kept(s))
+            return own, 0 * more, own, own
+        lin, heaps = more * mean, mean * self._heaps(s, n)
         if k < LEAST:
-            return _frames(lin, heaps, np.maximum(worst, lin), lin)
-        low = np.minimum(heaps, base + more * self.private.min())
-        high = base + more * self.private.max()
-        low, high = low - INTERVAL_SHARE * heaps, high + INTERVAL_SHARE * heaps
-        if self.classes_suspected:
+            return lin, heaps, np.maximum(worst, lin), lin
+        # What further ones have alone, on average: as far from the mean of those seen as chance
+        # makes it. Of three, the least and the most hold it in three of four cases only.
+        spread = 1 / k + np.divide(1, more, out=np.zeros(len(more)), where=more > 0)
+        chance = more * student(k - 1) * float(private.std(ddof=1)) * np.sqrt(spread)
+        low = np.maximum(0, np.minimum(heaps, np.minimum(more * private.min(), lin - chance)))
+        high = np.maximum(more * private.max(), lin + chance)
+        if self.suspected(s):
             # The next of the commonest kind brings what its like have alone.
-            heaps = np.maximum(heaps, base + more * self.private.min())
+            heaps = np.maximum(heaps, more * private.min())
             high = np.maximum(high, worst)
-        return _frames(heaps, low, high, lin)
+        return heaps, low, high, lin
 
-    def _heaps(self, n: I64) -> F64:
+    def _zero_kept(self, s: int) -> float:
+        """Frames that the all-zero contents of a service's one instance keep by themselves."""
+        j = self._joined
+        if j.special is None:
+            return 0.0
+        chosen = (self.service == s)[None, :]
+        zeros = np.flatnonzero(j.special.zero).tolist()
+        return float(sum(self._kept_special(j.special, z, z + 1, chosen)[0] for z in zeros))
+
+    def _heaps(self, s: int, n: I64) -> F64:
         """Sum of (j / k) ** -alpha for j from k + 1 to each n."""
-        exponent = self.heaps_exponent
+        exponent, k = self.exponent(s), int(self.sizes[s])
         if math.isinf(exponent):
             return np.zeros(len(n))
-        steps = (np.arange(self.k + 1, int(n[-1]) + 1) / self.k) ** -exponent
-        return np.asarray(np.cumsum(steps)[n - self.k - 1])
-
-
-def _only(c: _Common, which: Bool) -> _Common:
-    return _Common(
-        c.mappings[which], c.own[which], c.outside[which], c.huge[which], c.zero[which],
-        c.times[which],
-    )  # fmt: skip
-
-
-def _frames(frames: F64, low: F64, high: F64, lin: F64) -> list[Frames]:
-    low = np.minimum(low, frames)
-    high = np.maximum.accumulate(np.maximum(high, frames))
-    return [Frames(*map(float, row)) for row in np.stack([frames, low, high, lin], axis=1)]
+        steps = (np.arange(k + 1, max(k, int(n[-1])) + 1) / k) ** -exponent
+        total = np.concatenate((np.zeros(1), np.cumsum(steps)))
+        return np.asarray(total[np.maximum(n - k, 0)])

@@ -42,7 +42,7 @@ def _part(pages: Pages, pids: Collection[int]) -> Pages:
         run_first=new_first,
         run_region=region[pages.run_region[runs]],
         regions=[
-            replace(pages.regions[i], process=process[pages.regions[i].process]) for i in kept
+            pages.regions[i]._replace(process=process[pages.regions[i].process]) for i in kept
         ],
         processes=[pages.processes[i] for i in chosen],
         skipped=[s for s in pages.skipped if s.pid is None or s.pid in pids],

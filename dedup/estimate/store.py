@@ -1,7 +1,8 @@
 """Files of fingerprints: Parquet, one instance each; no byte of a page is in them.
 
 A file may come from anywhere. What is read from it is checked whole before use, and takes memory
-in proportion to the file: a fingerprint is 8 bytes that no compression makes fewer.
+in proportion to the file: n ascending fingerprints are 64 - log2(n) random bits each, which no
+compression makes fewer.
 """
 
 from __future__ import annotations
@@ -16,14 +17,27 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from dedup.errors import BadInput, NotPermitted, OutputFailed, Unsupported
-from dedup.estimate.fingerprints import CONSTANT, ZERO, Contents, Facts, Instance
+from dedup.estimate.fingerprints import (
+    CONSTANT,
+    LIVE,
+    RANDOMIZED,
+    SOURCES,
+    ZERO,
+    Contents,
+    Facts,
+    Instance,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
     from types import ModuleType
 
-VERSION: Final = 1
+VERSION: Final = 2
+SINCE_2: Final[dict[str, Any]] = {
+    "source": LIVE, "guest_bytes": 0, "user": None, "cgroup": None,
+}  # fmt: skip
+"""Facts that files of version 1 have not: those came from live processes alone."""
 METADATA: Final = b"dedup"
 """Key of the schema's metadata under which ours is, as JSON."""
 COLUMNS: Final = {
@@ -36,11 +50,22 @@ COLUMNS: Final = {
 }
 ROW_GROUP: Final = 1 << 20
 BATCH: Final = 1 << 16
+ROW_BYTES: Final = 4
+"""Of a file, for a row, at the least: so much keep the fingerprints of 32 TiB."""
 METADATA_MOST: Final = 1 << 16
 """Bytes, and items of a list, that a file's own head may have."""
 PAGE_SIZES: Final = (4096, 8192, 16384, 65536)
 COUNT_MOST: Final = 1 << 62
 TEXT_MOST: Final = 256
+RANGES: Final = {
+    "max_page_sharing": (2, (1 << 31) - 1),
+    "use_zero_pages": (0, 1),
+    "merge_across_nodes": (0, 1),
+    "smart_scan": (0, 1),
+    "pages_to_scan": (0, (1 << 32) - 1),
+    "sleep_millisecs": (0, (1 << 32) - 1),
+}
+"""Of the tunables that a file has (mm/ksm.c)."""
 INSTALL: Final = "pip install 'dedup-ksm[capacity]'"
 
 
@@ -155,7 +180,7 @@ def _read(pq: ModuleType, file: Any, size: int, path: Path) -> Instance:
     kinds = {f.name: str(f.type) for f in schema}
     if kinds != COLUMNS or len(schema) != len(COLUMNS):
         raise ValueError("its columns are others")
-    if facts.pop("rows") != rows or not 0 <= rows <= size // 8:
+    if facts.pop("rows") != rows or not 0 <= rows <= size // ROW_BYTES:
         raise ValueError("it has another number of rows than it says")
     for g in range(parquet.metadata.num_row_groups):
         group = parquet.metadata.row_group(g)
@@ -193,9 +218,11 @@ def _facts(text: bytes | None, path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError("its facts are none")
     version = data.pop("schema_version", None)
-    if version != VERSION:
+    if version == 1:
+        data = {**SINCE_2, **data}
+    elif version != VERSION:
         raise BadInput(
-            f"{path} has fingerprints of version {version!r}; this dedup knows {VERSION}",
+            f"{path} has fingerprints of version {version!r}; this dedup knows 1 and {VERSION}",
             "take the scan again with this version of dedup",
         )
     kinds = {f.name: f.type for f in dataclasses.fields(Facts)} | {"rows": "int"}
@@ -204,20 +231,26 @@ def _facts(text: bytes | None, path: Path) -> dict[str, Any]:
     for name, value in data.items():
         if not _fits(value, str(kinds[name])):
             raise ValueError(f"{name} is out of range")
-    if data["page_size"] not in PAGE_SIZES or data["randomized"] not in {"all", "some", "none"}:
-        raise ValueError("a fact is out of range")
+    for name, values in (
+        ("page_size", PAGE_SIZES), ("randomized", RANDOMIZED), ("source", SOURCES)
+    ):  # fmt: skip
+        if data[name] not in values:
+            raise ValueError(f"{name} is out of range")
     return data
 
 
 def _fits(value: Any, kind: str) -> bool:
-    if kind == "str":
+    if value is None:
+        return kind.endswith("None")
+    if kind.startswith("str"):
         return isinstance(value, str) and len(value) <= TEXT_MOST
     if kind == "bool":
         return isinstance(value, bool)
     if kind == "dict[str, int]":
-        return isinstance(value, dict) and all(_fits(v, "int") for v in value.values())
-    if value is None:
-        return kind.endswith("None")
+        return isinstance(value, dict) and all(
+            name in RANGES and _fits(v, "int") and RANGES[name][0] <= v <= RANGES[name][1]
+            for name, v in value.items()
+        )
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < COUNT_MOST
 
 

@@ -52,6 +52,11 @@ def available_bytes(proc: Path = PROC) -> int:
     return _kilobytes("MemAvailable", (proc / "meminfo").read_text())
 
 
+def swap_bytes(proc: Path = PROC) -> int:
+    """All swap space, whether used or not (SwapTotal)."""
+    return _kilobytes("SwapTotal", (proc / "meminfo").read_text())
+
+
 def _kilobytes(name: str, text: str) -> int:
     found = re.search(rf"^{name}: +(\d+) kB", text, re.MULTILINE)
     return int(found[1]) * 1024 if found else 0

@@ -94,8 +94,8 @@ def sizes(words: Sequence[str]) -> list[int]:
     return [b for b in backends if b] or [total]
 
 
-def guest(regions: Sequence[Region], words: Sequence[str]) -> Guest:
-    """Find a guest's memory among QEMU's mappings.
+def memories(regions: Sequence[Region], words: Sequence[str]) -> list[Region]:
+    """QEMU's mappings that are its guest's memory, none where no one fits.
 
     Parameters
     ----------
@@ -112,7 +112,15 @@ def guest(regions: Sequence[Region], words: Sequence[str]) -> Guest:
             (r for r in regions if r.perms.startswith("rw-")), key=lambda r: r.start - r.end
         )[:1]
         if not found or 2 * (found[0].end - found[0].start) < max(wanted):
-            return Guest(UNKNOWN, 0, 0)
+            return []
+    return found
+
+
+def guest(regions: Sequence[Region], words: Sequence[str]) -> Guest:
+    """Find a guest's memory among QEMU's mappings; parameters as of `memories`."""
+    found = memories(regions, words)
+    if not found:
+        return Guest(UNKNOWN, 0, 0)
     states = [_state(r) for r in found]
     worst = next(s for s in (HUGETLB, SHARED, NOT_ADVISED, ADVISED) if s in states)
     return Guest(worst, sum(r.end - r.start for r in found), len(found))

@@ -308,6 +308,7 @@ def _region(
         "eligible": region.eligible,
         "advised": region.advised if region.advised_known else None,
         "scanned": region.scanned,
+        "guest": region.guest,
         "pages": pages,
         "duplicate_pages": duplicates,
         "pages_volatile": volatile,

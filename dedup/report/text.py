@@ -487,7 +487,7 @@ class View:
         parts: list[RenderableType] = [Text("Where the memory of each region goes", "bold")]
         for _, i in most:
             region = pages.regions[i]
-            where = f"{region.start:x} {safe(region.name or ANONYMOUS, plain=self.plain)}"
+            where = f"{region.start:x} {safe(region_name(region), plain=self.plain)}"
             if len(pages.processes) > 1:
                 where = f"{pages.processes[region.process].id.pid} {where}"
             goes = ", ".join(
@@ -501,7 +501,7 @@ class View:
         pages = self.scan.pages
         return [
             _Row(
-                name=r.name or ANONYMOUS,
+                name=region_name(r),
                 perms=r.perms,
                 mark=self._mark(r),
                 pages=n,
@@ -723,6 +723,13 @@ class View:
                 line += " --start-ksmd"
             steps.append(("merge, and hold the kernel's counters against this", as_root(line)))
         return steps
+
+
+def region_name(region: Region) -> str:
+    """What a region is called."""
+    if region.guest:
+        return f"guest RAM of {size(region.end - region.start)}"
+    return region.name or ANONYMOUS
 
 
 def _merging(prediction: ProcessPrediction) -> tuple[int, int]:

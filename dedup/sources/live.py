@@ -23,6 +23,7 @@ from dedup.errors import (
 )
 from dedup.kernel import ksm as ksm_interface
 from dedup.kernel import maps, memory, numa, pagemap, processes
+from dedup.model import guests
 from dedup.model.eligibility import why_not
 from dedup.pages import FRAME_MASK, Flag, Pages, Process, Region, Skipped
 from dedup.sources import ranges, stored
@@ -345,6 +346,8 @@ class LiveSource:
             for m, region in self._regions(process, mappings):
                 chooser.add(region, m, self._region_index(region))
             target.ranges = chooser.ranges(target.files[1])
+            if first and guests.is_qemu(handle.info.name):
+                self._mark_guest(handle, process)
         except OSError as e:
             target.close()
             raise self._scan_error(e, handle) from e
@@ -352,6 +355,17 @@ class LiveSource:
             target.close()
             raise
         return target, chooser.pages
+
+    def _mark_guest(self, handle: Handle, process: int) -> None:
+        """Mark the memory of the guest that a QEMU runs."""
+        pages = self.pages
+        assert pages is not None
+        words = [os.fsdecode(word) for word in handle.read("cmdline").split(b"\0")]
+        own = {i: r for i, r in enumerate(pages.regions) if r.process == process}
+        found = guests.memories([*own.values()], words)
+        for i, region in own.items():
+            if any(region is memory for memory in found):
+                pages.regions[i] = region._replace(guest=True)
 
     def _process_index(self, handle: Handle, counters: ksm_interface.ProcessCounters | None) -> int:
         pages = self.pages

@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dedup.cli import capacity
-from dedup.estimate import host, store
+from dedup.estimate import curve, store
+from dedup.estimate.fingerprints import Contents, Instance
 from tests.estimate.build import instance
 from tests.estimate.test_instances import two_peaks
 
@@ -186,8 +189,8 @@ def test_words_that_do_not_fit(dedup: Dedup, files: list[str], args: list[str], 
 
 
 def test_the_longest_curve(dedup: Dedup, files: list[str]) -> None:
-    assert capacity.INSTANCES_MOST == host.INSTANCES_MOST
-    assert dedup("capacity", *files, "-n", str(host.INSTANCES_MOST + 1)).status == 2
+    assert capacity.INSTANCES_MOST == curve.MOST
+    assert dedup("capacity", *files, "-n", str(curve.MOST + 1)).status == 2
 
 
 def test_without_files(dedup: Dedup) -> None:
@@ -257,3 +260,202 @@ def test_saving_words_that_do_not_fit(dedup: Dedup, start: Start, tmp_path: Path
     assert json.loads(
         dedup("scan", "--pid", pid, "--save", "/proc/none/a", "--json").out
     )["error"]["code"] == "io"  # fmt: skip
+
+
+def image(path: Path, number: int, shared: int = 40, own: int = 10) -> Path:
+    """Memory whose pages the next number shares but for its own."""
+    draw = [random.Random(99), random.Random(number)]
+    path.write_bytes(b"".join(d.randbytes(PAGE) for d, n in zip(draw, (shared, own), strict=True)
+                              for _ in range(n)) + bytes(5 * PAGE))  # fmt: skip
+    return path
+
+
+def test_from_files_to_a_plan(dedup: Dedup, tmp_path: Path) -> None:
+    paths = [tmp_path / f"vm-{i}.dedup" for i in range(3)]
+    for i, path in enumerate(paths):
+        ram = image(tmp_path / f"ram-{i}", i)
+        result = dedup("scan", "--image", str(ram), "--save", str(path), "--label", "vm", "--json")
+        assert result.status == 0
+    result = dedup("capacity", *map(str, paths), "--ram", "16M", "--json")
+    found = result.json
+    assert found["curve"][9]["frames"] == 1 + 40 + 10 * 10
+    one = found["instances"][0]
+    assert (one["source"], one["guest_bytes"], one["page_table_bytes"]) == (
+        "image",
+        55 * PAGE,
+        None,
+    )
+    (warning,) = found["warnings"]
+    assert warning["code"] == "from-files"
+    assert "3 of 3 instances" in warning["message"]
+    assert "what fork shares" in warning["message"]
+    # The same memory again is no further instance.
+    dedup("scan", "--image", str(image(tmp_path / "again", 2)), "--save", str(tmp_path / "4.dedup"),
+          "--label", "vm")  # fmt: skip
+    result = dedup("capacity", *map(str, paths), str(tmp_path / "4.dedup"))
+    assert result.status == 7
+    assert "4.dedup" in result.err
+    assert "same instance" in result.err
+
+
+def test_a_core_that_lies_is_not_saved(dedup: Dedup, tmp_path: Path) -> None:
+    for data in (b"\x7fELF" + bytes(60), b"\x7fELF\2\1\1" + b"\xff" * 4000):
+        (tmp_path / "core").write_bytes(data)
+        result = dedup(
+            "scan", "--core", str(tmp_path / "core"), "--save", str(tmp_path / "x.dedup")
+        )
+        assert result.status == 7
+        assert "core" in result.err
+        assert not (tmp_path / "x.dedup").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "codes"),
+    [({"kernel": "5.15"}, {"kernels"}), ({"source": "core"}, {"sources", "from-files"})],
+)
+def test_instances_that_differ(
+    dedup: Dedup, files: list[str], tmp_path: Path, change: dict[str, Any], codes: set[str]
+) -> None:
+    one = store.load(Path(files[2]))
+    path = tmp_path / "other.dedup"
+    store.save(replace(one, facts=replace(one.facts, **change)), path)
+    found = dedup("capacity", *files[:2], str(path), "--json").json
+    assert {w["code"] for w in found["warnings"]} == codes
+
+
+@pytest.fixture
+def services(files: list[str], tmp_path: Path) -> list[str]:
+    """Those of web, and three workers with half of web's contents."""
+    paths = [tmp_path / f"worker-{i}.dedup" for i in range(3)]
+    for i, path in enumerate(paths):
+        layout = {**dict.fromkeys(range(SHARED // 2), (1, 1)),
+                  **{(i + 1 << 30) + c: (1, 1) for c in range(OWN)}}  # fmt: skip
+        one = instance(i, layout)
+        store.save(replace(one, facts=replace(one.facts, label="worker", instance=f"w{i}")), path)
+    return [*files, *map(str, paths)]
+
+
+def test_a_mix(dedup: Dedup, services: list[str]) -> None:
+    args = ["capacity", *services, "--mix", "web=5,worker=7", "--headroom", "0"]
+    data = dedup(*args, "--ram", "192M", "--json").json
+    mix = data["mix"]
+    assert data["label"] == "web=5,worker=7"
+    assert mix["frames"] == SHARED + 12 * OWN
+    assert mix["frames"] == data["curve"][0]["frames"]
+    assert mix["bytes"] == data["curve"][0]["bytes"]
+    assert mix["without_ksm_frames"] == 5 * (SHARED + OWN) + 7 * (SHARED // 2 + OWN)
+    assert mix["shared_frames"] == SHARED // 2
+    assert [s["label"] for s in mix["services"]] == ["web", "worker"]
+    assert [s["frames_alone"] for s in mix["services"]] == [SHARED + 5 * OWN,
+                                                             SHARED // 2 + 7 * OWN]  # fmt: skip
+    assert (mix["fits"], mix["fits_without_ksm"], mix["safe"]) == (True, False, False)
+    # Twice the mix: twice as many of each.
+    assert data["curve"][1]["frames"] == SHARED + 24 * OWN
+    assert data["warnings"] == []
+    text = dedup(*args, "--ram", "192M").out
+    assert text.startswith("web=5,worker=7: ")
+    assert "it fits in 192.0 MiB; a bad day does not. 1 mix fit" in " ".join(text.split())
+    assert "within a service" in text
+    small = dedup(*args, "--ram", "64M", "--json").json
+    assert (small["mix"]["fits"], small["fits"]["with_ksm"]) == (False, 0)
+    assert "does not fit" in dedup(*args, "--ram", "64M").out
+    # Files of services that are not in the mix are left out.
+    one = dedup("capacity", *services, "--mix", "worker=7", "--json").json
+    assert one["mix"]["frames"] == SHARED // 2 + 7 * OWN
+    assert one["mix"]["shared_frames"] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [("web", "no service and number"), ("web=0", "1 to"), ("web=1,web=2", "twice"),
+     ("=3", "no service and number"), ("web=x", "no service and number"),
+     ("web=99999", "1 to"), ("none=1", "no file is of the service none"), ("", "no service")],
+)  # fmt: skip
+def test_mixes_that_are_none(dedup: Dedup, services: list[str], words: str, said: str) -> None:
+    result = dedup("capacity", *services, "--mix", words)
+    assert result.status == 2
+    assert said in " ".join(result.err.split())
+
+
+def test_swap_takes_a_bad_day(dedup: Dedup, files: list[str]) -> None:
+    def day(*args: str) -> dict[str, Any]:
+        found = dedup("capacity", *files, "--ram", "4G", "--headroom", "0", *args, "--json").json
+        assert found["stress"]["restart_seconds"] == pytest.approx(
+            2 * found["cost"]["full_scan_seconds"]
+        )
+        days: dict[str, Any] = found["stress"]["days"][1]
+        return days
+
+    without = day()
+    assert not without["fits"]
+    assert not without["fits_in_swap"]
+    assert without["swap_bytes"] == without["bytes"] - RAM
+    assert without["merged_again_seconds"] > 0
+    assert day("--swap", str(without["swap_bytes"]))["fits_in_swap"]
+    assert not day("--swap", str(without["swap_bytes"] - 1))["fits_in_swap"]
+    text = dedup("capacity", *files, "--ram", "4G", "--headroom", "0", "--swap", "16G").out
+    assert "in swap" in " ".join(text.split())
+
+
+def test_zero_pages_alone(dedup: Dedup, tmp_path: Path) -> None:
+    paths = [tmp_path / f"z-{i}.dedup" for i in range(3)]
+    for i, path in enumerate(paths):
+        store.save(instance(i, {0: (100, 100), 1: (50, 50), 9 + i: (1, 1)}, zero=0), path)
+    found = dedup("capacity", *map(str, paths), "--ram", "4M", "--json").json
+    n = found["stress"]["instances"]
+    frames = {d["name"]: d["frames"] for d in found["domains"]}
+    assert frames["zero_pages"] == 51 * n
+    assert frames["instance"] == 3 * n
+    assert frames["label"] == found["curve"][n - 1]["frames"]
+    assert frames["user"] is None
+
+
+def test_a_warning_names_the_files(dedup: Dedup, files: list[str]) -> None:
+    for path in map(Path, files[1:]):
+        one = store.load(path)
+        store.save(replace(one, facts=replace(one.facts, looks=1)), path)
+    (warning,) = dedup("capacity", *files, "--json").json["warnings"]
+    assert f"2 of 3 instances ({files[1]}, {files[2]}) " in warning["message"]
+
+
+def test_hostile_facts_are_made_safe(dedup: Dedup, files: list[str]) -> None:
+    for n, path in enumerate(map(Path, files)):
+        one = store.load(path)
+        facts = replace(one.facts, label="a\033[31mb", kernel=f"\033]0;{n}\a")
+        store.save(replace(one, facts=facts), path)
+    result = dedup("capacity", *files)
+    assert result.status == 0
+    assert "several kernels" in result.err
+    for text in (result.out, result.err, dedup("capacity", *files, "--json").out):
+        assert "\033" not in text
+        assert "\a" not in text
+
+
+def test_page_sizes_that_differ(dedup: Dedup, files: list[str]) -> None:
+    one = store.load(Path(files[1]))
+    store.save(replace(one, facts=replace(one.facts, page_size=65536)), Path(files[1]))
+    result = dedup("capacity", *files)
+    assert result.status == 7
+    assert Path(files[1]).name in result.err.replace("\n  ", "")
+
+
+def test_hostile_counts_take_no_more_than_the_files(dedup: Dedup, tmp_path: Path) -> None:
+    """Each content with its own number of mappings, frames and huge pages, as many as can be."""
+    draw = np.random.default_rng(5)
+    rows = 200_000
+    names = np.unique(draw.integers(0, 1 << 64, rows, np.uint64))
+    paths = [tmp_path / f"x-{i}.dedup" for i in range(3)]
+    for i, path in enumerate(paths):
+        mappings, frames, outside = draw.integers(1, 1 << 32, (3, len(names))).astype(np.uint32)
+        frames = np.minimum(mappings, frames)
+        outside = np.minimum(frames, outside)
+        zero = np.zeros(len(names), np.uint8)
+        one = instance(i, {})
+        facts = replace(one.facts, scanned_pages=int(mappings.sum(dtype=np.int64)))
+        contents = Contents(names, mappings, frames, outside, mappings, zero)
+        store.save(Instance(facts, contents), path)
+    # Address space, with all that Python and its libraries map.
+    limit = ("prlimit", "--as=4000000000", "--cpu=30")
+    result = dedup("capacity", *map(str, paths), "-n", "10000", "--json", prefix=limit)
+    assert result.status == 0, result.err
+    assert len(result.json["curve"]) == 10_000

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dedup.estimate import store
 from tests.cli.conftest import Dedup, Result, environment
 from tests.sources.memory_files import (
     PAGE,
@@ -226,3 +227,21 @@ def test_help(dedup: Dedup) -> None:
     out = dedup("scan", "--help").out
     for option in ("--core FILE", "--image FILE", "--criu DIR"):
         assert option in out
+
+
+def test_fingerprints_of_files(dedup: Dedup, files: Path) -> None:
+    for kind, path in (("core", "core"), ("image", "ram"), ("criu", "dump")):
+        saved = files / f"{kind}.dedup"
+        found = dedup("scan", f"--{kind}", str(files / path), "--save", str(saved), "--json")
+        assert found.status == 0
+        one = store.load(saved)
+        assert one.facts.source == kind
+        assert one.facts.scanned_pages == found.json["scan"]["pages"]
+        assert one.facts.tunables == {}
+    several = files / "several.dedup"
+    words = ["--core", str(files / "core"), "--criu", str(files / "dump"), "--save", str(several)]
+    assert dedup("scan", *words, "--label", "both").status == 0
+    both = store.load(several)
+    assert (both.facts.source, both.facts.label, both.facts.processes) == ("mixed", "both", 2)
+    # One content of the core, three times there, is in the dump as well.
+    assert 4 in both.contents.mappings.tolist()

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from dedup.estimate.fingerprints import ZERO, Contents, Facts, Instance
-from dedup.estimate.instances import Rules
+from dedup.estimate.rules import Rules
 
 Row = tuple[int, int]
 """Mappings, and distinct frames, of a content."""

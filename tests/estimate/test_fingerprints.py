@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +17,8 @@ from dedup.estimate import fingerprints, store
 from dedup.estimate.fingerprints import CONSTANT, ZERO, Instance
 from dedup.estimate.key import Key
 from dedup.model.merge import Rules, predict
-from dedup.scanning import Plan, Scan, scan_pids
+from dedup.pages import Flag
+from dedup.scanning import Plan, Scan, scan_files, scan_pids
 from dedup.sources.live import Options
 from tests.kernel_fixtures import Target
 
@@ -57,8 +61,11 @@ def test_contents_of_a_process(target: Target) -> None:
     (zero,) = (row for row in counts if row[2] & ZERO)
     assert zero[0] >= 5
     assert zero[2] == ZERO | CONSTANT
-    assert f.file_bytes > 0
-    assert f.page_table_bytes > 0
+    assert f.file_bytes
+    assert f.page_table_bytes
+    assert (f.source, f.guest_bytes) == ("live", 0)
+    assert f.user is not None
+    assert f.cgroup is not None
 
 
 def test_two_scans_of_one_key_agree_and_of_two_do_not(target: Target) -> None:
@@ -94,7 +101,7 @@ def test_frames_that_fork_shares(target: Target) -> None:
 def test_frames_are_those_that_the_model_counts(target: Target) -> None:
     """Alone, an instance needs its frames less those that the scan's prediction frees."""
     from dedup.estimate.instances import Incidence
-    from dedup.estimate.instances import Rules as Kept
+    from dedup.estimate.rules import Rules as Kept
 
     scan = scanned(target.pid)
     found = fingerprints.of_scan(scan, KEY)
@@ -128,3 +135,81 @@ def test_a_file_holds_no_bytes_of_pages(target: Target, tmp_path: Path) -> None:
     assert b"same" * 2 not in data
     assert KEY.secret not in data
     assert str(target.pid).encode() not in data
+
+
+def scanned_files(*named: tuple[str, Path], key: Key = KEY) -> Scan:
+    plan = Plan(Options(seed=key.seed))
+    return scan_files([(kind, str(path)) for kind, path in named], plan=plan)
+
+
+@pytest.mark.root
+def test_a_core_has_the_contents_of_the_process(target: Target, tmp_path: Path) -> None:
+    if shutil.which("gcore") is None:
+        pytest.skip("needs gcore: apt install gdb")
+    os.kill(target.pid, signal.SIGSTOP)
+    try:
+        live = scanned(target.pid)
+        subprocess.run(
+            ["gcore", "-o", str(tmp_path / "core"), str(target.pid)],
+            check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=60,
+        )  # fmt: skip
+    finally:
+        os.kill(target.pid, signal.SIGCONT)
+    core = scanned_files(("core", tmp_path / f"core.{target.pid}"))
+    ours, theirs = (rows(fingerprints.of_scan(scan, KEY)) for scan in (live, core))
+    # Read-only mappings of files are not eligible in a core, and zeros are there in any number.
+    pages = live.pages
+    every = np.arange(len(pages.hashes))
+    in_core = np.isin(
+        pages.address_of(every), core.pages.address_of(np.arange(len(core.pages.hashes)))
+    )
+    zero = (pages.frames & Flag.ZERO) != 0
+    known = KEY.fingerprints(pages.hashes[in_core & ~zero])
+    assert len(known) > 0.9 * np.count_nonzero(pages.present & ~zero)
+    names, counts = np.unique(known, return_counts=True)
+    for name, count in zip(names.tolist(), counts.tolist(), strict=True):
+        assert theirs[name][0] >= count
+    # All that is ours but in those mappings is there.
+    assert ours.keys() - theirs.keys() <= set(KEY.fingerprints(pages.hashes[~in_core]).tolist())
+    assert any(row[:2] == (10, 10) for row in theirs.values())
+
+
+def test_what_files_do_not_tell(tmp_path: Path) -> None:
+    path = tmp_path / "ram"
+    size = os.sysconf("SC_PAGESIZE")
+    path.write_bytes(bytes(size) * 3 + b"a" * size + (b"a" * (size - 1) + b"b") * 2)
+    found = fingerprints.of_scan(scanned_files(("image", path)), KEY)
+    f = found.facts
+    assert (f.label, f.source, f.guest_bytes, f.kernel, f.tunables) == (
+        "ram",
+        "image",
+        6 * size,
+        "",
+        {},
+    )
+    assert not f.frames_known
+    for fact in (f.file_bytes, f.shared_memory_bytes, f.page_table_bytes, f.kernel_bytes,
+                 f.swap_bytes, f.user, f.cgroup):  # fmt: skip
+        assert fact is None
+    assert f.randomized == "unknown"
+    assert sorted(rows(found).values()) == [(1, 1, CONSTANT), (2, 2, 0), (3, 3, ZERO | CONSTANT)]
+    # The same memory is the same instance, whatever its file is called.
+    copy = tmp_path / "copy"
+    copy.write_bytes(path.read_bytes())
+    again = fingerprints.of_scan(scanned_files(("image", copy)), KEY)
+    assert again.facts.instance == f.instance
+    copy.write_bytes(path.read_bytes() + b"c" * size)
+    other = fingerprints.of_scan(scanned_files(("image", copy)), KEY)
+    assert other.facts.instance != f.instance
+    store.save(found, tmp_path / "ram.dedup")
+    assert store.load(tmp_path / "ram.dedup").facts == f
+
+
+def test_files_beside_processes(target: Target, tmp_path: Path) -> None:
+    path = tmp_path / "ram"
+    path.write_bytes(b"a" * os.sysconf("SC_PAGESIZE"))
+    plan = Plan(Options(seed=KEY.seed), passes=1)
+    f = fingerprints.of_scan(scan_files([("image", str(path))], [target.pid], plan), KEY).facts
+    assert (f.source, f.processes, f.user) == ("mixed", 2, None)
+    assert f.kernel == os.uname().release
+    assert f.file_bytes

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from dedup.estimate import host, stress
+from dedup.estimate import curve, stress
 from dedup.estimate.curve import LEAST, Service
 from dedup.estimate.fingerprints import Instance
 from dedup.estimate.host import Memory, fit, parse_size
-from dedup.estimate.instances import Rules
+from dedup.estimate.rules import Rules
 
 from .build import instance
 from .test_instances import two_peaks
@@ -63,8 +63,8 @@ def test_the_last_that_fits_fits_and_the_next_does_not() -> None:
     ):  # fmt: skip
         assert getattr(curve[number - 1], name) <= memory.budget_bytes
         assert getattr(curve[number], name) > memory.budget_bytes
-    assert stress.worst_bytes(service, curve[fits.safe - 1]) <= memory.budget_bytes
-    assert stress.worst_bytes(service, curve[fits.safe]) > memory.budget_bytes
+    worst = stress.worst_bytes(service, curve)
+    assert worst[fits.safe - 1] <= memory.budget_bytes < worst[fits.safe]
     assert len(points) == max(LEAST, fits.with_ksm)
 
 
@@ -77,8 +77,8 @@ def test_none_fits() -> None:
 def test_a_plan_ends_somewhere() -> None:
     # Nothing of their own: no number is too many but for KSM's own memory.
     points, fits = fit(Service(two_peaks(3, 10, 0), Rules(1 << 30)), Memory(1 << 40))
-    assert fits.with_ksm == fits.high == host.INSTANCES_MOST
-    assert len(points) == host.INSTANCES_MOST
+    assert fits.with_ksm == fits.high == curve.MOST
+    assert len(points) == curve.MOST
 
 
 def test_bad_days() -> None:
@@ -91,7 +91,7 @@ def test_bad_days() -> None:
     p = points[9]
     assert p.frames == 1000 + 10 + 90
     # 10,000 merged pages; a page written to has a frame of its own again.
-    days = {d.name: d for d in stress.days(service, points, 10, 20 << 20)}
+    days = {d.name: d for d in stress.days(service, points, 10, Memory(20 << 20), None)}
     assert days["tenth"].frames == p.frames + 1000
     assert days["measured"].frames == p.frames + round(10_000 * 9 / 1010)
     assert days["all"].frames == p.without_ksm_frames

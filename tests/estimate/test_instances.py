@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dedup.errors import Usage
+from dedup.estimate import instances, join
 from dedup.estimate.fingerprints import Instance
-from dedup.estimate.instances import Counts, Incidence, Rules, kept
+from dedup.estimate.instances import Incidence
+from dedup.estimate.rules import Counts, Rules, kept
 from dedup.model.fate import closed_form
 
 from .build import Row, counted, instance
@@ -129,7 +131,7 @@ def test_what_is_new_gets_less_by_a_power() -> None:
     i = Incidence([instance(n, r) for n, r in enumerate(layouts)], RULES)
     new, before = i.rarefied(4) - i.rarefied(3), i.rarefied(3) - i.rarefied(2)
     alpha = math.log(before / new) / math.log(4 / 3)
-    assert i.heaps_exponent == pytest.approx(alpha)
+    assert i.exponent() == pytest.approx(alpha)
     assert alpha > 0
     expected = 100 + sum(new * (j / 4) ** -alpha for j in range(5, 11))
     point = i.curve(10)[-1]
@@ -138,12 +140,39 @@ def test_what_is_new_gets_less_by_a_power() -> None:
     assert point.frames < point.lin
 
 
-def test_the_interval_goes_by_the_least_and_the_most_of_their_own() -> None:
+def test_the_interval_goes_by_what_they_have_of_their_own() -> None:
     seen = [two_peaks(1, 1000, own, first=i)[0] for i, own in enumerate((60, 70, 65))]
     point = Incidence(seen, RULES).curve(10)[-1]
     assert point.frames == pytest.approx(1195 + 7 * 65)
-    assert point.low == pytest.approx(1195 + 7 * 60 - 0.01 * point.frames)
-    assert point.high == pytest.approx(1195 + 7 * 70 + 0.01 * point.frames)
+    # Student's t of two degrees, times the deviation of the mean of three less that of seven.
+    half = 4.303 * 5 * math.sqrt(1 / 3 + 1 / 7)
+    assert point.low == pytest.approx(1195 + 7 * (65 - half) - 0.01 * point.frames)
+    assert point.high == pytest.approx(1195 + 7 * (65 + half) + 0.01 * point.frames)
+    # Many instances: the mean is known well, the least and the most bound it.
+    many = [two_peaks(1, 1000, 60 + i, first=i)[0] for i in range(21)]
+    point = Incidence(many, RULES).curve(100)[-1]
+    seen_frames = 1000 + 21 * 70
+    assert point.low == pytest.approx(seen_frames + 79 * 60 - 0.01 * point.frames)
+    assert point.high == pytest.approx(seen_frames + 79 * 80 + 0.01 * point.frames)
+
+
+def test_the_interval_holds_sizes_that_vary() -> None:
+    """Instances with normally distributed private frames: 95 of 100 studies hold the truth."""
+    draw = np.random.default_rng(8)
+    held = 0
+    for _ in range(200):
+        sizes = np.maximum(0, draw.normal(300, 30, 12)).astype(int).tolist()
+        seen = [two_peaks(1, 10, own, first=i)[0] for i, own in enumerate(sizes[:3])]
+        point = Incidence(seen, RULES).curve(12)[-1]
+        held += point.low <= 10 + sum(sizes) <= point.high
+    assert held >= 180
+
+
+@pytest.mark.parametrize(
+    ("freedom", "t"), [(1, 12.706), (2, 4.303), (9, 2.262), (10, 2.228), (30, 2.042), (63, 1.998)]
+)
+def test_students_t(freedom: int, t: float) -> None:
+    assert instances.student(freedom) == pytest.approx(t, abs=0.003)
 
 
 def test_classes() -> None:
@@ -156,6 +185,8 @@ def test_classes() -> None:
     # At the best, it is like the two that are alike.
     assert i.curve(100)[-1].frames >= counted([*one, alone], RULES) + 97 * 10
     assert not Incidence(two_peaks(3, 500, 10), RULES).classes_suspected
+    # However many there are, the ones seen are among them.
+    assert i.curve(10_000)[-1].low >= 0.98 * counted([*one, alone], RULES)
     # Two can't tell.
     assert not Incidence([one[0], alone], RULES).classes_suspected
 
@@ -214,3 +245,35 @@ def test_an_instance_without_contents() -> None:
 def test_too_many() -> None:
     with pytest.raises(Usage, match="65 instances"):
         Incidence(two_peaks(65, 1, 1), RULES)
+
+
+@given(services(), rules, st.integers(1, 7))
+def test_pieces_make_no_difference(seen: list[Instance], rules: Rules, rows: int) -> None:
+    whole = Incidence(seen, rules)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(join, "PIECE_ROWS", rows)
+        patch.setattr(join, "PATTERNS_MOST", 3)
+        pieces = Incidence(seen, rules)
+    numbers = np.arange(1, 20)
+    assert pieces.curve(20) == whole.curve(20)
+    assert pieces.nodes(numbers) == pytest.approx(whole.nodes(numbers))
+    assert pieces.fork_shared(numbers) == pytest.approx(whole.fork_shared(numbers))
+    assert pieces.private.tolist() == whole.private.tolist()
+
+
+def test_many_patterns_take_lines_between_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Each content with a number of mappings of its own.
+    layout = {c: (c + 1, c + 1) for c in range(300)}
+    seen = [instance(i, layout) for i in range(3)]
+    exact = [p.frames for p in Incidence(seen, RULES).curve(200)]
+    monkeypatch.setattr(instances, "GROWTH_MOST", 300 * 20)
+    monkeypatch.setattr(instances, "CELLS_MOST", 1000)
+    found = [p.frames for p in Incidence(seen, RULES).curve(200)]
+    assert found == pytest.approx(exact, rel=0.01)
+
+
+def test_few_subsets_where_each_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(instances, "MASKS_MOST", 1)
+    i = Incidence(two_peaks(8, 50, 5), RULES)
+    assert len(i.subsets([4])) == instances.SUBSETS_LEAST
+    assert [p.frames for p in i.curve(8)] == [50 + 5 * n for n in range(1, 9)]

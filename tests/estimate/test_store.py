@@ -115,9 +115,23 @@ def test_somebody_elses_parquet(tmp_path: Path) -> None:
         store.load(path)
 
 
+def test_the_first_version(saved: Path) -> None:
+    whole = store.load(saved)
+    table = pq.read_table(saved)
+    data = json.loads(table.schema.metadata[store.METADATA])
+    for name in store.SINCE_2:
+        del data[name]
+    data["schema_version"] = 1
+    text = json.dumps(data).encode()
+    pq.write_table(table.replace_schema_metadata({store.METADATA: text}), saved)
+    found = store.load(saved)
+    assert found.facts == whole.facts
+    assert found.facts.source == "live"
+
+
 def test_another_version(saved: Path) -> None:
-    change(saved, {"schema_version": 2})
-    with pytest.raises(BadInput, match="version 2") as e:
+    change(saved, {"schema_version": 3})
+    with pytest.raises(BadInput, match="version 3") as e:
         store.load(saved)
     assert "take the scan again" in e.value.hint
 
@@ -127,7 +141,10 @@ def test_another_version(saved: Path) -> None:
     [{"page_size": 0}, {"page_size": 1 << 40}, {"volatile_pages": -1}, {"volatile_pages": 13},
      {"scanned_pages": 1.5}, {"looks": True}, {"label": 3}, {"label": "x" * 300}, {"more": 1},
      {"tunables": []}, {"tunables": {"run": "1"}}, {"randomized": "maybe"}, {"complete": 1},
-     {"rows": 3}, {"file_bytes": None}, {"file_bytes": 1 << 80}, {"volatile_frames": 13}],
+     {"rows": 3}, {"looks": None},
+     {"tunables": {"max_page_sharing": 0}}, {"tunables": {"use_zero_pages": 2}},
+     {"source": "cloud"}, {"source": None}, {"user": 3},
+     {"file_bytes": 1 << 80}, {"volatile_frames": 13}],
 )  # fmt: skip
 def test_facts_that_can_not_be(saved: Path, facts: dict[str, Any]) -> None:
     change(saved, facts)
@@ -181,6 +198,18 @@ def test_few_bytes_that_claim_many_rows(saved: Path) -> None:
     assert saved.stat().st_size < rows
     with pytest.raises(BadInput, match="number of rows"):
         store.load(saved)
+
+
+def test_many_rows(tmp_path: Path) -> None:
+    """The more fingerprints there are, the fewer bits of each are random: they compress."""
+    names = np.unique(np.random.default_rng(3).integers(0, 1 << 64, 1 << 20, np.uint64))
+    one, path = some(), tmp_path / "many.dedup"
+    counts = np.ones(len(names), np.uint32)
+    contents = Contents(names, counts, counts, 0 * counts, 0 * counts, counts.astype(np.uint8) * 0)
+    facts = dataclasses.replace(one.facts, scanned_pages=len(names) + one.facts.volatile_pages)
+    store.save(Instance(facts, contents), path)
+    assert path.stat().st_size < 8 * len(names)
+    assert len(store.load(path).contents) == len(names)
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:

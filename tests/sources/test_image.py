@@ -11,12 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dedup.errors import BadInput
-from dedup.scanning import Plan, scan_pids
+from dedup.estimate import fingerprints
+from dedup.estimate.key import Key
+from dedup.report import jsonout, text
+from dedup.scanning import Plan, scan_files, scan_pids
 from dedup.sources.files import MAGICS
 from dedup.sources.live import Options
 from tests.sources.memory_files import (
@@ -241,6 +245,8 @@ def memory_of(guest: Guest) -> dict[int, int]:
     start = int(re.search(r"is (0x[0-9a-f]+)", guest.do("gpa2hva 0"))[1], 16)  # type: ignore[index]
     plan = Plan(options=Options(seed=SEED), passes=1)
     pages = scan_pids([guest.pid], plan).pages
+    (ram,) = (r for r in pages.regions if r.guest)
+    assert (ram.start, ram.end) == (start, start + (MIB << 20))
     return {at - start: h for at, h in contents(pages).items() if 0 <= at - start < MIB << 20}
 
 
@@ -267,3 +273,33 @@ def test_a_saved_guest_is_the_live_one(guest: Guest, tmp_path: Path) -> None:
     dumped = contents(core.pages)
     assert {at: dumped[at] for at in alive} == alive
     assert core.pages.processes[0].name == "core"
+
+
+def test_fingerprints_of_a_guest(guest: Guest, tmp_path: Path) -> None:
+    """Its memory is found in QEMU's, and a saved one has the same contents."""
+    key = Key(b"g" * 32)
+    end = time.monotonic() + 60
+    while sum(h != digest(ZERO) for h in memory_of(guest).values()) < 20:
+        assert time.monotonic() < end, "the firmware wrote nothing"
+        time.sleep(0.05)
+    guest.do("stop")
+    plan = Plan(options=Options(seed=key.seed), passes=1)
+    live = fingerprints.of_scan(scan_pids([guest.pid], plan), key)
+    guest.do(f'pmemsave 0 {MIB << 20} "{tmp_path}/ram"')
+    saved = fingerprints.of_scan(scan_files([("image", str(tmp_path / "ram"))], plan=plan), key)
+    for one in (live, saved):
+        assert one.facts.guest_bytes == MIB << 20
+    assert (live.facts.source, saved.facts.source) == ("live", "image")
+    assert saved.facts.scanned_pages == (MIB << 20) // PAGE
+    # Memory of devices lies in their place between 640 KiB and 1 MiB: 96 pages.
+    own = saved.contents.flags == 0
+    other = ~np.isin(saved.contents.fingerprint[own], live.contents.fingerprint)
+    assert saved.contents.mappings[own][other].sum() <= 96
+    assert np.count_nonzero(~other) >= 20
+
+
+def test_a_guest_is_told_by_its_size(guest: Guest) -> None:
+    found = scan_pids([guest.pid], Plan(passes=1))
+    (ram,) = (r for r in found.pages.regions if r.guest)
+    assert text.region_name(ram) == f"guest RAM of {MIB}.0 MiB"
+    assert sum(r["guest"] for r in jsonout.scan_object(found)["regions"]) == 1

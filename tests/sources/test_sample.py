@@ -168,8 +168,8 @@ def test_arrays_that_were_too_small_count_once(target: Target) -> None:
     start = unique(target, "a", 6_000)
     sight = pagemap.sight()
     with processes.of_process(target.pid) as handle:
-        wanted = memory.Target(handle, fast=True, starts=[start], regions=[0], flags=[0])
-        wanted.ends = [start + 6_000 * sight.page_size]
+        ranges = memory.Ranges.of([(start, start + 6_000 * sight.page_size, 0, 0)])
+        wanted = memory.Target(handle, fast=True, ranges=ranges)
         store = memory.Store.of(600)
         found = memory.look([wanted], store, 1, 2, sight, memory.Tally(), rate=0.9)
     assert len(store.hashes) > 600
