@@ -42,6 +42,10 @@ _WANTED: Final = (
     b"Anonymous", b"AnonHugePages", b"Swap", b"Rss", b"Shared_Hugetlb", b"Private_Hugetlb",
     b"Shared_Clean", b"Shared_Dirty", b"KSM",
 )  # fmt: skip
+SMAPS_BYTES: Final = 2048
+"""Asked for by one call. A mapping whose text has no room left in the kernel's page for a call is
+shown anew by the next one, and its pages are walked a second time (fs/seq_file.c). Asked for so
+little, the kernel ends a call before that page is full."""
 _KNOWN: Final = 1024
 """Texts remembered: the same sizes, names and flags come again and again."""
 
@@ -55,7 +59,7 @@ def read(handle: Handle) -> list[Mapping]:
     Unsupported
         The kernel shows no VmFlags (it lacks CONFIG_PROC_PAGE_MONITOR).
     """
-    return parse(handle.read("smaps"))
+    return parse(handle.read("smaps", SMAPS_BYTES))
 
 
 def parse(text: bytes) -> list[Mapping]:

@@ -117,8 +117,15 @@ class Handle:
         except OSError as e:
             raise self._error(e, name) from e
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, at_a_time: int = 1 << 20) -> bytes:
         """Read a file of the process whole.
+
+        Parameters
+        ----------
+        name : str
+            In its folder in /proc.
+        at_a_time : int
+            Bytes asked for by one call.
 
         Raises
         ------
@@ -127,7 +134,7 @@ class Handle:
         fd = self.open(name)
         try:
             parts = []
-            while part := os.read(fd, 1 << 20):
+            while part := os.read(fd, at_a_time):
                 parts.append(part)
         except OSError as e:
             raise self._error(e, name) from e
