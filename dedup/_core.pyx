@@ -117,7 +117,9 @@ cdef extern from "<sys/mman.h>" nogil:
     int PROT_WRITE
     int MAP_PRIVATE
     int MAP_ANONYMOUS
+    int MADV_DONTNEED
     int MADV_HUGEPAGE
+    int getpagesize() noexcept nogil
     void *MAP_FAILED
 
 include "hash.pxi"

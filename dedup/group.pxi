@@ -178,6 +178,25 @@ cdef object _taken(Output *out):
     return np.asarray(owner)
 
 
+def let_go(int64_t[::1] values not None):
+    """Give the memory of values that are not needed any more back to the kernel.
+
+    Parameters
+    ----------
+    values : int64 array
+        From `group`, or a part of it: they are undefined from here on. Only whole pages of memory
+        go, so that a neighbour's stay.
+    """
+    cdef uintptr_t page = getpagesize(), begin, end
+    if values.shape[0] == 0:
+        return
+    begin = (<uintptr_t>&values[0] + page - 1) // page * page
+    end = <uintptr_t>(&values[0] + values.shape[0]) // page * page
+    if end > begin:
+        with nogil:
+            c_madvise(<void *>begin, end - begin, MADV_DONTNEED)
+
+
 cdef inline size_t _whole(size_t size) noexcept nogil:
     """The size, in whole huge pages where it is one or more: so the kernel aligns it to them."""
     return (size + HUGE_ROOM - 1) // HUGE_ROOM * HUGE_ROOM if size >= HUGE_ROOM else size

@@ -18,6 +18,10 @@ UNSTABLE: Final = int(Flag.VOLATILE | Flag.GONE | Flag.NEW | Flag.UNREAD)
 
 ALONE_PAGES: Final = 1 << 16
 """So few are grouped sooner than threads start."""
+STEP: Final = 1 << 18
+"""Of an order, copied before its memory is given back."""
+MANY_PAGES: Final = 1 << 20
+"""Of more, each thread groups one slice after another: memory for its working is reused."""
 
 
 def census(pages: Pages) -> Census:
@@ -41,7 +45,7 @@ def group(pages: Pages, threads: int = 1) -> Groups:
     """
     n = len(pages.hashes)
     threads = 1 if n <= ALONE_PAGES else threads
-    bits = 0 if n <= ALONE_PAGES else (threads - 1).bit_length()
+    bits = 0 if n <= ALONE_PAGES else (threads - 1).bit_length() + (n > MANY_PAGES)
     # Without unstable pages, the frame words need not be read.
     skip = _core.clear(pages.frames, int(Flag.DUPLICATE)) & UNSTABLE
 
@@ -60,9 +64,11 @@ def group(pages: Pages, threads: int = 1) -> Groups:
     offsets = [np.zeros(1, np.int64)]
     at = 0
     while parts:
-        # Each let go once it is copied.
         some, ends, _ = parts.pop(0)
-        order[at : at + len(some)] = some
+        for low in range(0, len(some), STEP):
+            piece = some[low : low + STEP]
+            order[at + low : at + low + len(piece)] = piece
+            _core.let_go(piece)
         offsets.append(ends[1:] + at)
         at += len(some)
     return Groups(order, np.concatenate(offsets), considered, census(pages))

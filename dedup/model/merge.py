@@ -33,7 +33,7 @@ UNSTABLE: Final = Flag.VOLATILE | Flag.NEW
 ABSENT: Final = Flag.GONE | Flag.UNREAD
 NOT_STABLE: Final = UNSTABLE | ABSENT
 
-CHUNK_PAGES: Final = 1 << 18
+CHUNK_PAGES: Final = 1 << 16
 """Pages of contents added up in one go: what is needed a page lives no longer."""
 
 _INT64_BITS: Final = 63
