@@ -213,6 +213,34 @@ def test_written_pages_leave_the_savings_beyond_the_looks(target: Target) -> Non
     assert high <= sum(p.ksm_rmap_items or 0 for p in found.prediction.processes)
 
 
+def test_a_process_that_ends_between_the_looks(target: Target) -> None:
+    """What may be lost until the steady state goes by the pages that were read again."""
+    lay(target)
+    with Target() as ending:
+        done = []
+
+        def end_one_and_write(what: str, _done: int, _total: int) -> None:
+            if what == "waiting" and not done:
+                ending.kill()
+                target.do("fill", name="a", at=UNIQUE, count=20, what="unique")
+                done.append(what)
+
+        plan = Plan(
+            options=Options(progress=end_one_and_write), full_scan_seconds=60, partial_passes=True
+        )
+        found = scan_pids([target.pid, ending.pid], plan)
+    assert [s.pid for s in found.pages.skipped] == [ending.pid]
+    assert done
+    assert (found.extrapolated, found.drifting, found.overstated_most_pages) == (False, None, None)
+    low, high = found.prediction.bounds["pages_sharing"]
+    changed = len(by_address(found.pages, Flag.VOLATILE))
+    assert changed >= 20
+    times = steady.STEADY_FACTOR * 60 / found.looks_seconds[-1]
+    assert found.read_again_pages is not None
+    # Some of the pages read again were those of the process that ended.
+    assert 0 < low <= high * (1 - changed / found.read_again_pages) ** (times - 1)
+
+
 @pytest.mark.root
 def test_the_target_stays_as_it_was(target: Target) -> None:
     start = lay(target)
