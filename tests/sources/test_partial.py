@@ -217,7 +217,7 @@ def test_a_process_that_ends_between_the_looks(target: Target) -> None:
     """What may be lost until the steady state goes by the pages that were read again."""
     lay(target)
     with Target() as ending:
-        done = []
+        done: list[str] = []
 
         def end_one_and_write(what: str, _done: int, _total: int) -> None:
             if what == "waiting" and not done:
