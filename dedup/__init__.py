@@ -57,6 +57,7 @@ def scan(
     full_scan_seconds: float | None = None,
     threads: int | None = None,
     seed: int | None = None,
+    partial_passes: bool = False,
 ) -> Scan:
     """Predict what KSM would merge in live processes, or in arrays of this process.
 
@@ -79,6 +80,9 @@ def scan(
         That read; by default the cores that we may use.
     seed : int, optional
         Of the hash; drawn anew by default.
+    partial_passes : bool
+        Looks after the first read only the pages that would merge: quicker, but `pages_unshared`
+        and `pages_volatile` are None, with bounds.
 
     Returns
     -------
@@ -113,6 +117,7 @@ def scan(
         passes=passes,
         interval_seconds=interval_seconds,
         full_scan_seconds=full_scan_seconds,
+        partial_passes=partial_passes,
     )
     if len(arrays):
         if len(pids):

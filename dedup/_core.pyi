@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
+Bool = NDArray[np.bool_]
 Buffer = bytes | bytearray | memoryview | NDArray[np.uint8]
 
 FLAGS: Final[dict[str, int]]
@@ -70,6 +71,7 @@ class Job:
         every_folio: bool,
         prior: tuple[I64, I64, I64, I64] | None = None,
         below: int = 0,
+        only: Bool | None = None,
     ) -> None: ...
     @property
     def page_size(self) -> int: ...

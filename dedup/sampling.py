@@ -211,6 +211,11 @@ def sample_pids(
     check(rate)
     if plan.passes is not None and plan.passes < 1:
         raise Usage("--passes takes a number from 1 on")
+    if plan.partial_passes:
+        raise Usage(
+            "--partial-passes does not go with a sample: each look at it reads all of it",
+            "leave out one of them",
+        )
     require()
     begin = time.monotonic()
     # Its import takes half a second: beside the reading, then.

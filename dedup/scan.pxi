@@ -136,6 +136,10 @@ cdef class Job:
     below : int
         For a sample, what the mixed number of a frame must lie below to be read, of 2**64; 0
         reads everything. A later look reads what the first one chose.
+    only : bool array or None
+        For a later look, which pages of the first one to read, by their place in `hashes`; None
+        reads everything. Of the others it is only noted whether they are there, and new pages are
+        kept unread, with 0 for a hash.
     """
 
     cdef:
@@ -166,6 +170,8 @@ cdef class Job:
         object run_parts
         uint64_t below, sample_seed
         int64_t[:, ::1] counted
+        const uint8_t[::1] only
+        int partial
         readonly int64_t fast_pages, slow_pages, changed_pages, unread_pages, bytes
 
     def __cinit__(self, *args, **kwargs):
@@ -178,7 +184,7 @@ cdef class Job:
                  range_start, range_end, range_target, range_flags, hashes, frames,
                  int64_t used, int64_t zero_frame, int kpageflags_fd, int64_t huge_bytes,
                  bint every_folio,
-                 prior=None, uint64_t below=0):
+                 prior=None, uint64_t below=0, only=None):
         if _hash_page == NULL:
             raise RuntimeError("no hash is loaded: call load_hash first")
         self.page_size = page_size
@@ -211,6 +217,8 @@ cdef class Job:
         # Not the hash's own seed: what is read must not hang together with what it is.
         self.sample_seed = _mix64(seed ^ <uint64_t>0x73616D706C65)
         self.counted = np.zeros((self.pids.shape[0], COUNTED), np.int64)
+        self.partial = only is not None
+        self.only = np.zeros(0, np.uint8) if only is None else only.view(np.uint8)
         self._cut_units()
 
     def _cut_units(self):
@@ -356,9 +364,9 @@ cdef class Job:
 
     cdef int _unit(self, Worker *w, int64_t u) noexcept nogil:
         """One unit: 0 done or left for another run, -1 without memory."""
-        cdef int64_t n, i, first, target = self.range_target[self.units[u].range]
+        cdef int64_t n, i, unread, target = self.range_target[self.units[u].range]
         cdef int64_t page_size = self.page_size
-        cdef int flags = <int>self.target_flags[target]
+        cdef int flags = <int>self.target_flags[target], rc
         cdef uint8_t *page
         if self.dead[target]:
             self.unit_done[u] = 1
@@ -366,6 +374,11 @@ cdef class Job:
         n = self._look(w, u, target)
         if self.below:
             n = self._choose(w, n, target)
+        elif self.partial and n > 0:
+            n = self._choose_again(w, n, target, &unread)
+            rc = self._keep(w, self._spare(), unread)
+            if rc:
+                return rc if rc < 0 else 0
         if n > 0:
             if not flags & T_IN_PLACE:
                 self._read(w, n, target)
@@ -387,23 +400,31 @@ cdef class Job:
             w.bytes += n * page_size
             if self.second:
                 n = self._compare(w, n, target)
-            first = dedup_fetch_add(&self.n_used, n)
-            if first + n > self.hashes.shape[0]:
-                # Later claims begin beyond the end too, so this first one tells what is in use.
-                if first <= self.hashes.shape[0]:
-                    self.full_at = first
-                dedup_store(&self.overflow, 1)
-                return 0
-            for i in range(n):
-                self.hashes[first + i] = w.digest[i]
-                self.frames[first + i] = w.word[i]
-            if self._note_runs(w, n, first) < 0:
-                return -1
+            rc = self._keep(w, 0, n)
+            if rc:
+                return rc if rc < 0 else 0
         if self.below:
             for i in range(COUNTED):
                 dedup_fetch_add(&self.counted[target, i], w.seen[i])
         self.unit_done[u] = 1
         return 0
+
+    cdef int _keep(self, Worker *w, int64_t at, int64_t n) noexcept nogil:
+        """Add the `n` candidates from `at` on: 1 if they don't fit, -1 without memory."""
+        cdef int64_t i, first
+        if n == 0:
+            return 0
+        first = dedup_fetch_add(&self.n_used, n)
+        if first + n > self.hashes.shape[0]:
+            # Later claims begin beyond the end too, so this first one tells what is in use.
+            if first <= self.hashes.shape[0]:
+                self.full_at = first
+            dedup_store(&self.overflow, 1)
+            return 1
+        for i in range(n):
+            self.hashes[first + i] = w.digest[at + i]
+            self.frames[first + i] = w.word[at + i]
+        return self._note_runs(w, at, at + n, first)
 
     cdef int64_t _look(self, Worker *w, int64_t u, int64_t target) noexcept nogil:
         """Pagemap of the unit; fills address, word, where_range; gives the candidates."""
@@ -695,6 +716,43 @@ cdef class Job:
         w.seen[0], w.seen[1], w.seen[2], w.seen[3] = n, exclusive, ksm, huge
         return kept
 
+    cdef inline int64_t _spare(self) noexcept nogil:
+        """Where a worker has room for as many candidates again as a unit has."""
+        return UNIT_BYTES // self.page_size
+
+    cdef int64_t _choose_again(self, Worker *w, int64_t n, int64_t target,
+                               int64_t *unread) noexcept nogil:
+        """Keep the candidates of `only`, give their number; the new ones, unread, go to spare room.
+
+        The others keep what they had: pagemap tells that they are there, which is all.
+        """
+        cdef int64_t i, kept = 0, fresh = self._spare(), page_size = self.page_size, at
+        cdef int64_t r = self._prior_run(target, w.address[0]), end = self.prior_offset[target + 1]
+        cdef uint64_t a
+        for i in range(n):
+            a = w.address[i]
+            while (r < end and a >= <uint64_t>self.prior_start[r]
+                   + <uint64_t>(self.prior_count[r] * page_size)):
+                r += 1
+            if r == end or a < <uint64_t>self.prior_start[r]:
+                w.address[fresh] = a
+                w.word[fresh] = w.word[i] | NEW | SEEN
+                w.digest[fresh] = 0
+                w.where_range[fresh] = w.where_range[i]
+                fresh += 1
+                continue
+            at = self.prior_first[r] + <int64_t>((a - <uint64_t>self.prior_start[r])
+                                                 // <uint64_t>page_size)
+            if at < self.only.shape[0] and self.only[at]:
+                w.address[kept] = a
+                w.word[kept] = w.word[i]
+                w.where_range[kept] = w.where_range[i]
+                kept += 1
+            else:
+                self.frames[at] |= SEEN
+        unread[0] = fresh - self._spare()
+        return kept
+
     cdef int64_t _prior_run(self, int64_t target, uint64_t address) noexcept nogil:
         """The last run of the earlier look that begins at or below an address, else the first."""
         cdef int64_t lo = self.prior_offset[target], hi = self.prior_offset[target + 1], mid
@@ -706,12 +764,13 @@ cdef class Job:
                 hi = mid
         return lo - 1 if lo > self.prior_offset[target] else lo
 
-    cdef int _note_runs(self, Worker *w, int64_t n, int64_t first) noexcept nogil:
-        cdef int64_t i = 0, j
+    cdef int _note_runs(self, Worker *w, int64_t at, int64_t end, int64_t first) noexcept nogil:
+        """The runs of candidates [at, end), the first of which is page `first`."""
+        cdef int64_t i = at, j
         cdef Run *grown
-        while i < n:
+        while i < end:
             j = i + 1
-            while (j < n and w.where_range[j] == w.where_range[i]
+            while (j < end and w.where_range[j] == w.where_range[i]
                    and w.address[j] == w.address[j - 1] + <uint64_t>self.page_size):
                 j += 1
             if w.n_runs == w.cap_runs:
@@ -722,7 +781,7 @@ cdef class Job:
                 w.runs = grown
             w.runs[w.n_runs].start = w.address[i]
             w.runs[w.n_runs].count = j - i
-            w.runs[w.n_runs].first = first + i
+            w.runs[w.n_runs].first = first + i - at
             w.runs[w.n_runs].range = w.where_range[i]
             w.n_runs += 1
             i = j
@@ -770,10 +829,11 @@ cdef int _worker_open(Worker *w, int page_size) noexcept nogil:
         return -1
     w.buffer = w.mapping + (UNIT_BYTES - <uintptr_t>w.mapping % UNIT_BYTES) % UNIT_BYTES
     w.look = <uint64_t *>malloc(pages * 8)
-    w.address = <uint64_t *>malloc(pages * 8)
-    w.word = <uint64_t *>malloc(pages * 8)
-    w.digest = <uint64_t *>malloc(pages * 8)
-    w.where_range = <int32_t *>malloc(pages * 4)
+    # Twice what a unit has: see _spare.
+    w.address = <uint64_t *>malloc(2 * pages * 8)
+    w.word = <uint64_t *>malloc(2 * pages * 8)
+    w.digest = <uint64_t *>malloc(2 * pages * 8)
+    w.where_range = <int32_t *>malloc(2 * pages * 4)
     w.local = <iovec *>malloc(MAX_IOV * sizeof(iovec))
     w.remote = <iovec *>malloc(MAX_IOV * sizeof(iovec))
     if (w.look == NULL or w.address == NULL or w.word == NULL or w.digest == NULL

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dedup.model.cost import Cost
     from dedup.model.merge import Prediction, Rules
     from dedup.model.smart import SmartScan
-    from dedup.pages import Groups, Pages
+    from dedup.pages import Bool, Groups, Pages
 
 PACE_SECONDS: Final = 0.3
 PACE_BATCHES: Final = 8
@@ -68,6 +68,8 @@ class Plan:
         ksmd comes by the processes in the order given.
     assumed : mapping of str to int
         Tunables (`ASSUMABLE`) that the prediction is for, in place of the present ones.
+    partial_passes : bool
+        Looks after the first read only the pages that savings depend on by then.
     """
 
     options: Options = field(default_factory=Options)
@@ -76,6 +78,7 @@ class Plan:
     full_scan_seconds: float | None = None
     order_known: bool = False
     assumed: Mapping[str, int] = field(default_factory=dict)
+    partial_passes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +114,8 @@ class Scan:
     drifting: bool | None = None
     """Whether the memory is still changing its nature.
 
-    None where that can't be known: after one look, or where a process ended between looks.
+    None where that can't be known: after one look, after looks that read only what would merge (new
+    copies make up for lost ones, and are not seen), or where a process ended between looks.
     """
     overstated_most_pages: int | None = None
     """So many of `pages_sharing`, at the most, are not shared any more at any moment."""
@@ -127,6 +131,12 @@ class Scan:
     """Tunables that the prediction is for, where they are not those of the host."""
     smart_scan: SmartScan | None = None
     """The outcome with smart scan on; None where this kernel has no smart scan."""
+    read_again_pages: int | None = None
+    """Pages that looks after the first read: those that savings depend on; None: everything.
+
+    Then `pages_unshared` and `pages_volatile` are not known but for their bounds; the price, and
+    what becomes of each page, take those that were not read again for steady.
+    """
 
     @property
     def complete(self) -> bool:
@@ -180,6 +190,11 @@ def scan_files(
             raise Usage(
                 "a file is the memory of one moment: there is no second look at it",
                 "leave --passes out",
+            )
+        if plan.partial_passes:
+            raise Usage(
+                "--partial-passes is about looks after the first, and files are looked at once",
+                "leave it out",
             )
         plan = replace(plan, passes=1)
     untold = [kind for kind, _ in named if kind != "criu"]
@@ -249,6 +264,11 @@ def rules_of(tunables: dict[str, int | str], *, order_known: bool = False) -> Ru
 def _run(source: LiveSource, plan: Plan) -> Scan:
     if plan.passes is not None and plan.passes < 1:
         raise Usage("--passes takes a number from 1 on")
+    if plan.partial_passes and plan.passes == 1:
+        raise Usage(
+            "--partial-passes is about looks after the first, and --passes 1 takes no other",
+            "leave out one of them",
+        )
     return _Looking(source, plan).run()
 
 
@@ -298,6 +318,8 @@ class _Looking:
     predictions: list[Prediction] = field(default_factory=list)
     """Without what changed until each later look."""
     groups: Groups = field(init=False)
+    only: Bool | None = None
+    """Pages of the first look that the later ones read; None: everything."""
 
     def run(self) -> Scan:
         begin = time.monotonic()
@@ -313,11 +335,14 @@ class _Looking:
         else:
             # In the time until the next look: what this one alone says.
             self.alone.append(self._snapshot(pages))
+            if self.plan.partial_passes:
+                self.only = merge.matter(pages)
+                self.only[self.source.in_files] = False
             load = self._load(pages, self.alone[0])
             self.full_scan = self._full_scan(load)
             extrapolated = self._look_on(pages, load)
         drifts = None
-        if len(self.began) > 1 and not self.source.lost_any:
+        if len(self.began) > 1 and not self.source.lost_any and self.only is None:
             # What the result is made of, before more looks are taken.
             pages = self._kept_apart(pages)
             drifts = self._drifts(pages)
@@ -333,7 +358,7 @@ class _Looking:
             tunables=self.tunables,
             pages=pages,
             groups=self.groups,
-            prediction=prediction,
+            prediction=self._told(pages, prediction),
             rules=self.rules,
             tally=self.source.tally,
             seed=self.source.seed,
@@ -348,14 +373,23 @@ class _Looking:
             looks_seconds=[t - begin for t in self.began],
             extrapolated=extrapolated,
             drifting=drifts,
-            overstated_most_pages=self._overstated(prediction) if drifts is False else None,
+            overstated_most_pages=self._overstated(prediction, drifts=drifts),
             load=load,
             cost=self._price(load),
             proposals=self._proposals(load),
             why_uncalibrated=self.calibrated.why,
             assumed=dict(self.plan.assumed),
             smart_scan=self._smart(pages, prediction, drifts=bool(drifts)),
+            read_again_pages=None if self.only is None else int(np.count_nonzero(self.only)),
         )
+
+    def _told(self, pages: Pages, prediction: Prediction) -> Prediction:
+        """The prediction, without what can't be known of pages that were not read again."""
+        if self.only is None:
+            return prediction
+        unread = pages.present[: len(self.only)] & ~self.only
+        unread[self.source.in_files] = False
+        return steady.not_read_again(prediction, int(np.count_nonzero(unread)))
 
     def _look_on(self, pages: Pages, load: cost.Load) -> bool:
         """Look again until ksmd's steady state shows; whether it lies beyond the last look."""
@@ -390,8 +424,11 @@ class _Looking:
 
     def _share_kept(self, pages: Pages) -> float:
         """Pages that keep their content until the steady state, at the least, of those here."""
-        present = int(np.count_nonzero(pages.present))
-        changed = int(np.count_nonzero(pages.present & ((pages.frames & Flag.VOLATILE) != 0)))
+        there = pages.present
+        if self.only is not None:
+            there = there[: len(self.only)] & self.only
+        present = int(np.count_nonzero(there))
+        changed = int(np.count_nonzero((pages.frames[: len(there)][there] & Flag.VOLATILE) != 0))
         times = self._steady_seconds() / (self.began[-1] - self.began[0])
         return float((1 - changed / present) ** (times - 1)) if present else 1.0
 
@@ -401,7 +438,7 @@ class _Looking:
     def _look_after(self, moment: float) -> None:
         self._wait_until(moment)
         self.began.append(time.monotonic())
-        self.source.look_again()
+        self.source.look_again(self.only)
 
     def _wait_until(self, moment: float) -> None:
         wait_until(moment, self.plan.options.progress)
@@ -549,7 +586,11 @@ class _Looking:
         kept = min(1.0, last / at_once) if at_once else 1.0
         return smart.slowed(found, kept**times, pages.page_size)
 
-    def _overstated(self, prediction: Prediction) -> int:
+    def _overstated(self, prediction: Prediction, *, drifts: bool | None) -> int | None:
+        # By pages that merged at the first look alone, which are read again in any case.
+        known = drifts is False or (self.only is not None and not self.source.lost_any)
+        if not known:
+            return None
         lost = steady.overstated(
             steady.merged(self.alone[0]),
             steady.merged(self.predictions[-1]),

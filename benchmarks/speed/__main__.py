@@ -8,6 +8,8 @@ one pass with all that a real one does (see scans.py), its peers are
 * shared: reading /proc/PID/mem alone, on the same threads, of memory shared with a forked child,
   and of memory that ksmd has merged;
 * own: a read-only sum over our own memory, and memcpy;
+* passes: two looks that read everything, beside two of which the second reads what would merge
+  (`--partial-passes`), and the second looks alone; of mixed memory, and of pages all unlike;
 * python: plain loops with xxhash and sha1 (1 MiB reads, page by page, a Counter), and `dd bs=1M`,
   on one core;
 * many: 2,000 small processes, 65,530 mappings in one process, three pages in 16 TiB;
@@ -41,7 +43,7 @@ from dedup.kernel import memory
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-PARTS: Final = ("exclusive", "shared", "own", "python", "many", "start")
+PARTS: Final = ("exclusive", "shared", "own", "passes", "python", "many", "start")
 
 
 def machine() -> dict[str, Any]:
@@ -84,6 +86,8 @@ def ratios(
             show(limits.shared(size, kind, threads, rounds))
         if "own" in parts:
             show(limits.own(size, kind, threads, rounds))
+        if "passes" in parts:
+            show(limits.passes(size, kind, threads, rounds))
     return rows
 
 

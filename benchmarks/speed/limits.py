@@ -215,6 +215,26 @@ def shared(size: int, pages: str, threads: Sequence[int], rounds: int) -> list[R
     return rows
 
 
+def passes(size: int, pages: str, threads: Sequence[int], rounds: int) -> list[Ratio]:
+    """Two looks of which the second reads what would merge, beside two that read everything."""
+    rows = []
+    for what in ("mixed", "unlike"):
+        with process(size, pages, what) as (pid, _):
+            contenders: dict[str, Callable[[], Took]] = {}
+            for t in threads:
+                for name, partly in (("part", True), ("full", False)):
+                    contenders[f"{name} {t}"] = partial(
+                        scans.two_looks, pid, t, partial_passes=partly
+                    )
+            taken = interleaved(contenders, rounds)
+        second = {name: [(look, look) for _, look in each] for name, each in taken.items()}
+        for t in threads:
+            for times, looks in ((taken, "two full looks"), (second, "a second full look")):
+                peer = f"{looks}, {what} pages"
+                rows.append(_ratio(times, f"part {t}", f"full {t}", peer, pages, t, size))
+    return rows
+
+
 def own(size: int, pages: str, threads: Sequence[int], rounds: int) -> list[Ratio]:
     """Our own memory, hashed where it lies, beside a sum over it and memcpy from it."""
     memory = Memory(size, huge=pages == "huge")

@@ -14,7 +14,7 @@ from dedup.sources.live import LiveSource, Options, Span
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dedup.pages import Pages
+    from dedup.pages import Bool, Pages
 
 
 class Timed(LiveSource):
@@ -26,6 +26,13 @@ class Timed(LiveSource):
         """Look, with a watch."""
         begin = time.perf_counter()
         pages = super().first_look()
+        self.look_seconds = time.perf_counter() - begin
+        return pages
+
+    def look_again(self, only: Bool | None = None) -> Pages:
+        """Look again, with a watch."""
+        begin = time.perf_counter()
+        pages = super().look_again(only)
         self.look_seconds = time.perf_counter() - begin
         return pages
 
@@ -54,3 +61,12 @@ def one_pass(pids: Sequence[int], threads: int = 0, span: Span | None = None) ->
     scan = scanning._run(source, Plan(source.options, passes=1))
     seconds = time.perf_counter() - begin
     return Took(seconds, source.look_seconds, scan.scanned_pages, scan.tally.threads)
+
+
+def two_looks(pid: int, threads: int, *, partial_passes: bool) -> tuple[float, float]:
+    """Seconds of `dedup scan --passes 2` without a wait between, and those of the second look."""
+    source = Timed([pid], Options(threads=threads))
+    plan = Plan(source.options, passes=2, interval_seconds=0, partial_passes=partial_passes)
+    begin = time.perf_counter()
+    scanning._run(source, plan)
+    return time.perf_counter() - begin, source.look_seconds

@@ -64,6 +64,13 @@ class Memory:
             part[some] = pool[np.minimum(rng.zipf(1.3, int(some.sum())) - 1, CONTENTS - 1)]
             part[unique] = rng.integers(0, 256, (int(unique.sum()), PAGE), dtype=np.uint8)
 
+    def fill_unlike(self) -> None:
+        """Unique pages alone."""
+        rng = np.random.default_rng(1)
+        for i in range(0, len(self.pages), STEP):
+            part = self.pages[i : i + STEP]
+            part[:] = rng.integers(0, 256, part.shape, dtype=np.uint8)
+
     def fill_copies(self) -> None:
         """Each content `COPIES` times."""
         self._map.madvise(MADV_MERGEABLE)
@@ -85,8 +92,8 @@ def process(size: int, pages: str, what: str = "mixed") -> Iterator[tuple[int, i
     size : int
         Bytes.
     pages : {"small", "huge"}
-    what : {"mixed", "fork", "copies"}
-        Exclusive memory; the same, shared with a child; mergeable memory.
+    what : {"mixed", "unlike", "fork", "copies"}
+        Exclusive memory, mixed or of unique pages alone; mixed, shared with a child; mergeable.
     """
     with subprocess.Popen(
         [sys.executable, __file__, str(size), pages, what],
@@ -104,6 +111,8 @@ def main(size: str, pages: str, what: str) -> None:
     memory = Memory(int(size), huge=pages == "huge")
     if what == "copies":
         memory.fill_copies()
+    elif what == "unlike":
+        memory.fill_unlike()
     else:
         memory.fill_mixed()
     if what == "fork" and os.fork() == 0:

@@ -70,6 +70,11 @@ LABEL_MOST = 64
     help="Between looks; auto goes by the time of ksmd's full scan, at most 5 s.",
 )  # fmt: skip
 @click.option(
+    "--partial-passes", is_flag=True,
+    help="Looks after the first read only the pages that would merge: quicker, but what of the "
+    "rest is volatile stays unknown.",
+)  # fmt: skip
+@click.option(
     "--full-scan", type=Seconds(), metavar="SECONDS",
     help="Time of ksmd's full scan, where you mean to change the tunables.",
 )  # fmt: skip
@@ -122,6 +127,7 @@ def command(
     scope: Any,
     passes: int | None,
     interval: float | None,
+    partial_passes: bool,
     full_scan: float | None,
     assumed: tuple[tuple[str, int], ...],
     seed: int | None,
@@ -156,6 +162,16 @@ def command(
             {"--core, --image and --criu": bool(files), "--save": save is not None,
              "--by": by is not None, "--top": top is not None},
         )  # fmt: skip
+        if partial_passes:
+            raise Usage(
+                "--partial-passes does not go with a sample: each look at it reads all of it",
+                "leave out one of them",
+            )
+    if partial_passes and save is not None:
+        raise Usage(
+            "--save does not go with --partial-passes: it keeps which pages are volatile",
+            "leave out `--partial-passes`",
+        )
     key = _key(save, label, key_file, seed)
     pids = [] if files and not choice else scanning.choose(choice)
     sample = None
@@ -171,6 +187,7 @@ def command(
             interval_seconds=interval,
             full_scan_seconds=full_scan,
             assumed=dict(assumed),
+            partial_passes=partial_passes,
         )
         if rate is not None or within is not None:
             sample = _sample(pids, plan, rate, within, output)

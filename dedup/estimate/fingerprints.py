@@ -122,10 +122,12 @@ def of_scan(scan: Scan, key: Key, label: str = "") -> Instance:
     Raises
     ------
     ValueError
-        It was made with another.
+        It was made with another, or did not read again what may be volatile.
     """
     if scan.seed != key.seed:
         raise ValueError("the scan was made with another seed than the key's")
+    if scan.read_again_pages is not None:
+        raise ValueError("of a scan with partial passes it is not known what is volatile")
     pages = scan.pages
     present = pages.present
     changed = present & ((pages.frames & CHANGES) != 0)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from dedup.kernel.pagemap import Sight
     from dedup.kernel.processes import Handle
-    from dedup.pages import I64, U64
+    from dedup.pages import I64, U64, Bool
 
 
 @cache
@@ -214,6 +214,7 @@ def look(
     prior: Prior | None = None,
     progress: Callable[[int, int], None] | None = None,
     rate: float | None = None,
+    only: Bool | None = None,
 ) -> Look:
     """Read, test and hash the present anonymous pages of some targets.
 
@@ -221,7 +222,8 @@ def look(
     pages not known before are in the result's runs. With `rate`, above 0 and below 1, only a
     sample of the frames is read, the same at every look: a mapping is in it if its frame is
     (where frames are hidden, each mapping for itself), and a later look reads what the first
-    has read.
+    has read. With `only`, which goes by the places in the store, a later look reads these pages
+    alone; of the others it notes whether they are there, and new ones have no hash.
 
     Raises
     ------
@@ -271,6 +273,7 @@ def look(
             sight.every_folio,
             None if prior is None else _prior_arrays(prior, len(targets)),
             0 if rate is None else max(1, int(rate * (1 << 64))),
+            only,
         )
         total = sum(int((t.ranges.end - t.ranges.start).sum()) for t in targets) // sight.page_size
         while True:

@@ -63,6 +63,11 @@ PROCESS_FIELDS: Final = (
 )
 
 
+DEPENDS: Final = Flag.DUPLICATE | Flag.KSM | Flag.ZERO
+"""Flags of pages that savings depend on: a page like no other merges only if it is all zero, with
+`use_zero_pages` or by the split of its huge page, or was merged before."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rules:
     """The tunables that decide what merges."""
@@ -215,6 +220,14 @@ def predict(pages: Pages, groups: Groups, rules: Rules) -> Prediction:
     linked = _Model(pages, groups, rules, linked=True)
     scanned = linked.run(volatile_known=volatile_known)
     return found if linked.undecided else scanned
+
+
+def matter(pages: Pages) -> Bool:
+    """Which pages, marked by `dedup.grouping.group`, the savings depend on (`DEPENDS`)."""
+    found = np.empty(len(pages.frames), bool)
+    for low in range(0, len(found), CHUNK_PAGES):
+        found[low : low + CHUNK_PAGES] = (pages.frames[low : low + CHUNK_PAGES] & DEPENDS) != 0
+    return found
 
 
 class _Model:

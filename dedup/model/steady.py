@@ -178,6 +178,31 @@ def at_the_most(last: Prediction, kept: float, page_size: int) -> Prediction:
     return replace(last, **values, bounds={**last.bounds, **bounds})
 
 
+def not_read_again(last: Prediction, unread: int) -> Prediction:
+    """What later looks leave open that read only what would merge.
+
+    A page that was like no other at the first look is unshared if it keeps its content, and
+    volatile if it does not; savings depend on neither.
+
+    Parameters
+    ----------
+    last : Prediction
+        As if all pages that were not read again kept their content.
+    unread : int
+        How many these are.
+    """
+    low, high = reach(last, "pages_unshared")
+    least, most = reach(last, "pages_volatile")
+    items = sum(reach(p, "ksm_rmap_items")[1] for p in last.processes)
+    open_to = {
+        "pages_unshared": (max(0, low - unread), high),
+        "pages_volatile": (least, max(most, min(most + unread, items))),
+    }
+    return replace(
+        last, pages_unshared=None, pages_volatile=None, bounds={**last.bounds, **open_to}
+    )
+
+
 def rewritten(last: Prediction, broken_pages: float, page_size: int) -> Prediction:
     """What was predicted, as a range where programs write again what merged pages hold already.
 

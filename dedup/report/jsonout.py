@@ -68,6 +68,7 @@ def scan_object(scan: Scan, by: By | None = None, top: int = TOP) -> dict[str, A
     why = Why(scan, top)
     counts = summary.by_region(pages)
     process_pages = summary.by_process(pages, counts.pages).tolist()
+    volatile_known = pages.looks > 1 and scan.read_again_pages is None
     data = envelope(
         "scan",
         host=host_object(scan.kernel, pages.page_size, scan.tunables),
@@ -96,7 +97,7 @@ def scan_object(scan: Scan, by: By | None = None, top: int = TOP) -> dict[str, A
                     pages.regions,
                     counts.pages.tolist(),
                     counts.duplicates.tolist(),
-                    counts.volatile.tolist() if pages.looks > 1 else [None] * len(pages.regions),
+                    counts.volatile.tolist() if volatile_known else [None] * len(pages.regions),
                     strict=True,
                 )
             )
@@ -128,6 +129,8 @@ def sample_object(scan: Sampled) -> dict[str, Any]:
             "seconds": scan.seconds,
             "scope": scan.scope,
             "passes": pages.looks,
+            "partial_passes": False,
+            "read_again_pages": None,
             "assumed_tunables": scan.assumed,
             "interval_seconds": scan.interval_seconds,
             "full_scan_seconds": scan.full_scan_seconds,
@@ -177,6 +180,8 @@ def _scan_part(scan: Scan) -> dict[str, Any]:
         "seconds": scan.seconds,
         "scope": scan.scope,
         "passes": scan.passes,
+        "partial_passes": scan.read_again_pages is not None,
+        "read_again_pages": scan.read_again_pages,
         "assumed_tunables": scan.assumed,
         "interval_seconds": scan.interval_seconds if scan.passes > 1 else None,
         "full_scan_seconds": scan.full_scan_seconds,

@@ -40,6 +40,8 @@ DRIFTING: Final = (
     "The figures are ranges."
 )
 NUMBERS: Final = {2: "two", 3: "three", 4: "four", 5: "five"}
+UNREAD_FIELDS: Final = frozenset({"pages_unshared", "pages_volatile"})
+"""Fields that depend on pages that partial passes do not read again."""
 RUN_FILE: Final = "/sys/kernel/mm/ksm/run"
 LEFT_OUT_WORDS: Final = {
     "no-such-process": "no such process",
@@ -565,7 +567,10 @@ class View:
 
     def _notes(self) -> list[RenderableType]:
         scan = self.scan
-        words = [self._looks(), *filter(None, [self._smart(), price.advice(scan)])]
+        words = [
+            self._looks(),
+            *filter(None, [self._read_again(), self._smart(), price.advice(scan)]),
+        ]
         if scan.overstated_most_pages:
             words.append(
                 f"Up to {count(scan.overstated_most_pages, 'page')} of pages_sharing will be "
@@ -592,7 +597,7 @@ class View:
             )
         elif scan.extrapolated or scan.drifting:
             words.append("Where the pages go, and the contents, are told by the last look.")
-        elif any(p.bounds for p in scan.prediction.processes) or scan.prediction.bounds:
+        elif any(p.bounds for p in scan.prediction.processes) or self._ordered():
             words.append(
                 "Ranges: the order in which ksmd comes by the processes decides, and can't be seen."
             )
@@ -659,6 +664,22 @@ class View:
                 "different times, and may never be looked at in the same scan"
             )
         return words + ". `echo 0 > /sys/kernel/mm/ksm/smart_scan` merges all."
+
+    def _ordered(self) -> bool:
+        """Whether a figure is a range, but for those that partial passes make ranges of."""
+        names = self.scan.prediction.bounds.keys()
+        return bool(names - UNREAD_FIELDS if self.scan.read_again_pages is not None else names)
+
+    def _read_again(self) -> str:
+        """What looks that read only what would merge leave open; empty where they read it all."""
+        n = self.scan.read_again_pages
+        if n is None:
+            return ""
+        return (
+            f"Later looks read {count(n, 'page')} again, what would merge (--partial-passes): "
+            "savings are without those that changed, and without copies that came later; how many "
+            "of the others are volatile, not unshared, is not known, nor whether the memory drifts."
+        )
 
     def _looks(self) -> str:
         scan = self.scan

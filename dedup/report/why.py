@@ -45,6 +45,11 @@ HIDDEN_IN_FILES: Final = (
     "same at the same address"
 )
 
+NOT_READ_AGAIN: Final = (
+    "unique: no other page was like it when it was read, mostly at the first look"
+)
+"""Of unique pages, where later looks read only what would merge."""
+
 PLACES: Final = {code: i for i, code in enumerate(WORDS)}
 
 NO_MEMORY: Final = frozenset({"zero_page", "gone"})
@@ -168,6 +173,8 @@ class Why:
 
     def _words(self, code: str) -> str:
         stored = code == "hidden" and self.scan.pages.stored
+        if code == "unique" and self.scan.read_again_pages is not None:
+            return NOT_READ_AGAIN
         return HIDDEN_IN_FILES if stored else WORDS[code]
 
     def processes_of(self, content: Content) -> list[tuple[int, int]]:

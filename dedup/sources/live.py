@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from dedup.kernel.pagemap import Sight
     from dedup.kernel.processes import Handle
-    from dedup.pages import I64, Groups
+    from dedup.pages import I64, Bool, Groups
     from dedup.sources.files import Source
 
 Scope = Literal["compatible", "advised"]
@@ -105,11 +105,18 @@ class LiveSource:
     _runs: list[tuple[I64, I64, I64, I64]] = field(default_factory=list)
     _stored: slice = field(default_factory=lambda: slice(0))
     """Pages that lie in files."""
+    _only: Bool | None = None
+    """Pages that the look under way reads."""
 
     @property
     def lost_any(self) -> bool:
         """Whether a process ended since the first look: the looks are not of the same memory."""
         return bool(self._ended)
+
+    @property
+    def in_files(self) -> slice:
+        """Pages (indices) that lie in files: looked at once."""
+        return self._stored
 
     @property
     def ended(self) -> frozenset[int]:
@@ -171,8 +178,15 @@ class LiveSource:
         )
         self._stored = slice(before, self._store.used)
 
-    def look_again(self) -> Pages:
+    def look_again(self, only: Bool | None = None) -> Pages:
         """Look once more: pages whose content differs become volatile.
+
+        Parameters
+        ----------
+        only : bool array, optional
+            Which of the pages known at the first look to read, the same ones at each later look.
+            Of the others pagemap tells whether they are there; pages that come are new, and stay
+            so, since nobody knows what they hold.
 
         Raises
         ------
@@ -182,7 +196,9 @@ class LiveSource:
         pages = self.pages
         if pages is None or self._store is None:
             raise RuntimeError("look_again before first_look")
-        self._store.frames[: self._store.used] &= ~(Flag.SEEN | Flag.NEW)
+        self._only = only
+        old = Flag.SEEN if only is not None else Flag.SEEN | Flag.NEW
+        self._store.frames[: self._store.used] &= ~old
         self._store.frames[self._stored] |= Flag.SEEN
         self._each_batch([p.id.pid for p in pages.processes if p.stored is None], first=False)
         frames = self._store.frames[: self._store.used]
@@ -303,6 +319,7 @@ class LiveSource:
             prior,
             None if progress is None else lambda done, total: progress("pages", done, total),
             self.options.sample,
+            self._only,
         )
         for i, target in enumerate(targets):
             self.counts[self._index[target.handle.pid]] = found.counts[i]

@@ -82,6 +82,8 @@ def test_two_scans_of_one_key_agree_and_of_two_do_not(target: Target) -> None:
     assert not np.isin(scan.pages.hashes, first.contents.fingerprint).any()
     with pytest.raises(ValueError, match="seed"):
         fingerprints.of_scan(replace(scan, seed=1), KEY)
+    with pytest.raises(ValueError, match="partial passes"):
+        fingerprints.of_scan(replace(scan, read_again_pages=5), KEY)
 
 
 @pytest.mark.root

@@ -144,6 +144,22 @@ def test_a_process_that_ended_leaves_a_range() -> None:
     assert steady.at_the_most(last, 1.0, PAGE) == last
 
 
+def test_pages_not_read_again_are_unshared_or_volatile() -> None:
+    layout = copies(volatile=7)
+    for i in range(30):
+        layout.page(0, 1_000 + i)
+    before = prediction(layout, Rules())
+    # Of these 30, 5 lie where each look read.
+    after = steady.not_read_again(before, 25)
+    assert (after.pages_unshared, after.pages_volatile) == (None, None)
+    assert after.bounds == {"pages_unshared": (5, 30), "pages_volatile": (14, 39)}
+    same = {"pages_unshared": 30, "pages_volatile": 14, "bounds": {}}
+    assert replace(after, **same) == before  # type: ignore[arg-type]
+    # Never more than there are.
+    most = steady.not_read_again(before, 500).bounds
+    assert most == {"pages_unshared": (0, 30), "pages_volatile": (14, 230)}
+
+
 def test_pages_rewritten_with_their_own_bytes_are_apart_for_a_scan() -> None:
     last = prediction(copies(volatile=0), Rules())
     assert steady.rewritten(last, 0.0, PAGE) == last

@@ -132,6 +132,17 @@ def test_looks_in_the_json() -> None:
     assert found["looks_seconds"] == [0.0, 1.5, 5.0]
 
 
+def test_partial_passes_in_the_json() -> None:
+    scan = make([[1, 1, 2]])
+    found = checked(jsonout.scan_object(scan))
+    assert (found["scan"]["partial_passes"], found["scan"]["read_again_pages"]) == (False, None)
+    assert found["regions"][0]["pages_volatile"] == 0
+    scan.read_again_pages = 2
+    found = checked(jsonout.scan_object(scan))
+    assert (found["scan"]["partial_passes"], found["scan"]["read_again_pages"]) == (True, 2)
+    assert found["regions"][0]["pages_volatile"] is None
+
+
 HOST = jsonout.host_object("6.18.0", PAGE, {})
 RESTORED = [
     {"path": "/sys/kernel/mm/ksm/run", "value": "0", "found": "1", "outcome": "restored", "why": ""}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from dedup.cli.output import Output
+from dedup.model import steady
 from dedup.pages import Skipped
 from dedup.report import text
 
@@ -50,6 +51,13 @@ def extrapolated() -> Scan:
     return scan
 
 
+def partial_passes() -> Scan:
+    scan = make([[1] * 5, [2, 3]])
+    scan.read_again_pages = 5
+    scan.prediction = steady.not_read_again(scan.prediction, 2)
+    return scan
+
+
 SCANS: dict[str, Callable[[], Scan]] = {
     "plain": lambda: make([[1, 1, 2, ZERO, ZERO], [1, 3, ZERO]]),
     "many": lambda: make([[1, 2, p + 10] for p in range(40)]),
@@ -74,6 +82,7 @@ SCANS: dict[str, Callable[[], Scan]] = {
     ),
     "drifting": drifting,
     "extrapolated": extrapolated,
+    "partial passes": partial_passes,
     "swap": lambda: make([[1, 1]], extra_regions=(region(0, 99, 5, swap_bytes=8 << 20),)),
 }
 
@@ -133,6 +142,15 @@ def test_memory_that_drifts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "This memory is still changing its nature: no steady state can be given" in lines
     assert "KSM would free 4.0 KiB to 16.0 KiB (1 to 4 pages)" in lines
     assert "changing its nature" not in flat(render(make([[1, 1]]), monkeypatch))
+
+
+def test_partial_passes_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = flat(render(partial_passes(), monkeypatch))
+    assert "Later looks read 5 pages again, what would merge (--partial-passes)" in lines
+    assert "pages_unshared 0 to 2" in lines
+    assert "pages_volatile 0 to 2" in lines
+    assert "KSM would free 16.0 KiB (4 pages)" in lines
+    assert "unique: no other page was like it when it was read" in lines
 
 
 def test_an_extrapolation_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,6 +93,7 @@ def test_nothing_changes(ksm: KsmControl, target: Target) -> None:
             time.sleep(0.01)
     before = state(target, pids, regions)
     scans = [scan(*pids), scan(target.pid), scan(child), scan(*pids, scope="advised")]
+    scan_pids(pids, Plan(interval_seconds=0.05, passes=3, partial_passes=True))
     assert state(target, pids, regions) == before
 
     first = scans[0]
