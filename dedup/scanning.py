@@ -146,7 +146,7 @@ class Scan:
     @property
     def scanned_pages(self) -> int:
         """Mappings of pages there at the last look."""
-        return int(self.pages.present.sum())
+        return self.groups.census.of(Flag.GONE | Flag.UNREAD)
 
 
 def scan_pids(pids: Sequence[int], plan: Plan | None = None) -> Scan:
