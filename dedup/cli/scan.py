@@ -236,7 +236,7 @@ def _sample(
         sampling.require()
         rate = sampling.rate_within(pids, plan, within)
         if rate is None:
-            plan.interval_seconds = sampling.interval_within(plan, within)
+            plan.interval_most_seconds = sampling.interval_within(plan, within)
             output.note(f"dedup: everything is read: that fits into {within:g} s")
             return None
     assert rate is not None
