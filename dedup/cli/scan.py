@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -275,4 +276,8 @@ def _key(
     from dedup.estimate import key, store
 
     store.require()
-    return key.of_file(key_file or save.parent / key.NAME)
+    store.check(save)
+    chosen = key_file or save.parent / key.NAME
+    if os.path.realpath(save) == os.path.realpath(chosen):
+        raise Usage(f"{save} is the file of the key, and would be replaced", "name another file")
+    return key.of_file(chosen)
