@@ -178,9 +178,7 @@ def rate_at(found: Speed, pages: int, looks: int, seconds: float) -> float | Non
 
 
 def interval_within(plan: Plan, seconds: float) -> float:
-    """How far apart looks may begin, so that all are over within a time."""
-    if plan.interval_seconds is not None:
-        return plan.interval_seconds
+    """How far apart looks may begin at the most, so that all are over within a time."""
     return seconds * CAUTION / (plan.passes or LOOKS)
 
 

@@ -62,6 +62,8 @@ class Plan:
         extrapolation where ksmd's full scan takes too long to wait for.
     interval_seconds : float, optional
         From one look to the next; None takes it from ksmd's full scan, at most 5 s.
+    interval_most_seconds : float, optional
+        Where it comes from ksmd's full scan, no more than this; there is no third look then.
     full_scan_seconds : float, optional
         ksmd's full scan, where other tunables than the present ones are intended.
     order_known : bool
@@ -75,6 +77,7 @@ class Plan:
     options: Options = field(default_factory=Options)
     passes: int | None = None
     interval_seconds: float | None = None
+    interval_most_seconds: float | None = None
     full_scan_seconds: float | None = None
     order_known: bool = False
     assumed: Mapping[str, int] = field(default_factory=dict)
@@ -393,10 +396,11 @@ class _Looking:
 
     def _look_on(self, pages: Pages, load: cost.Load) -> bool:
         """Look again until ksmd's steady state shows; whether it lies beyond the last look."""
-        if self.plan.passes is not None or self.plan.interval_seconds is not None:
+        if self._asked():
             interval = self.plan.interval_seconds
             if interval is None:
-                interval = min(steady.INTERVAL_MOST_SECONDS, self._steady_seconds())
+                most = self.plan.interval_most_seconds or steady.INTERVAL_MOST_SECONDS
+                interval = min(steady.INTERVAL_MOST_SECONDS, most, self._steady_seconds())
             for _ in range((self.plan.passes or 2) - 1):
                 self._look_after(self.began[-1] + interval)
             self._predict(pages)
@@ -417,10 +421,14 @@ class _Looking:
         # With a process the less, what the first look said is of other memory.
         return not self._reached() and not self.source.lost_any
 
+    def _asked(self) -> bool:
+        """Whether the number of looks or their distance is not for us to choose."""
+        plan = self.plan
+        return (plan.passes, plan.interval_seconds, plan.interval_most_seconds) != (None,) * 3
+
     def _reached(self) -> bool:
         """Whether the last look was late enough to show the steady state, or as was asked for."""
-        asked = self.plan.passes is not None or self.plan.interval_seconds is not None
-        return asked or self.began[-1] - self.began[0] >= self._steady_seconds() * ENOUGH
+        return self._asked() or self.began[-1] - self.began[0] >= self._steady_seconds() * ENOUGH
 
     def _share_kept(self, pages: Pages) -> float:
         """Pages that keep their content until the steady state, at the least, of those here."""

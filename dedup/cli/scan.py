@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -253,7 +254,7 @@ def _sample(
         sampling.require()
         rate = sampling.rate_within(pids, plan, within)
         if rate is None:
-            plan.interval_seconds = sampling.interval_within(plan, within)
+            plan.interval_most_seconds = sampling.interval_within(plan, within)
             output.note(f"dedup: everything is read: that fits into {within:g} s")
             return None
     assert rate is not None
@@ -292,4 +293,8 @@ def _key(
     from dedup.estimate import key, store
 
     store.require()
-    return key.of_file(key_file or save.parent / key.NAME)
+    store.check(save)
+    chosen = key_file or save.parent / key.NAME
+    if os.path.realpath(save) == os.path.realpath(chosen):
+        raise Usage(f"{save} is the file of the key, and would be replaced", "name another file")
+    return key.of_file(chosen)

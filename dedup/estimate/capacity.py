@@ -226,14 +226,14 @@ def _warnings(
         warn(
             "one-instance",
             f"{of([1])}one instance does not tell what another has in common with it: only what "
-            "is certain is counted as merged, and the range goes to instances all alike; save "
+            "is certain is counted as merged, and the range goes to instances all alike; take "
             "three",
         )
     if 2 in i.sizes:
         warn(
             "two-instances",
             f"{of([2])}two instances can't tell what all share from what some share: the upper "
-            "bound is the worst case; save a third",
+            "bound is the worst case; take a third",
         )
     for s, label in enumerate(service.labels):
         if not i.suspected(s):
@@ -245,7 +245,7 @@ def _warnings(
             "classes",
             f"{whose} look like several kinds: they have {few:,} to {many:,} frames of "
             "their own. Kinds share within themselves only (one more character in an argument is "
-            "enough), so the upper bound is the worst case; save more instances, or each kind "
+            "enough), so the upper bound is the worst case; take more instances, or each kind "
             "under a label of its own",
         )
     for code, chosen, words in (
@@ -270,7 +270,7 @@ def _warnings(
             "fixed-addresses",
             "addresses are not random, so instances share whole layouts, and there may be several "
             "(a file more in a program's folder is enough): up to "
-            f"{100 * i.class_share:.0f} % of all may have one that was not seen. Save more "
+            f"{100 * i.class_share:.0f} % of all may have one that was not seen. Take more "
             "instances, started at different times",
         )
     if len({f.randomized for f in facts} - {UNKNOWN}) > 1:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from dedup.errors import BadInput, NotPermitted, OutputFailed, Unsupported
+from dedup.errors import BadInput, NotPermitted, OutputFailed, Unsupported, Usage
 from dedup.estimate.fingerprints import (
     CONSTANT,
     LIVE,
@@ -88,6 +88,26 @@ def require() -> None:
     _parquet()
 
 
+def check(path: Path) -> None:
+    """See to it that a file may be put there: the new one takes the place of what is there.
+
+    A device, such as /dev/null, or a link, such as /dev/stdout, would be lost for all programs.
+
+    Raises
+    ------
+    Usage
+    """
+    if not path.name:
+        raise Usage("--save needs the name of a file", "name a file: `--save web-1.dedup`")
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        return  # not there, or it can't be written either, which is told of then
+    if not stat.S_ISREG(mode):
+        what = "a link" if stat.S_ISLNK(mode) else "no regular file"
+        raise Usage(f"{path} is {what}, and would be replaced", "name another file")
+
+
 def save(instance: Instance, path: Path) -> None:
     """Write a file, whole or not at all.
 
@@ -95,8 +115,11 @@ def save(instance: Instance, path: Path) -> None:
     ------
     Unsupported
         pyarrow is not installed.
+    Usage
+        Something else than a file is there.
     NotPermitted, OutputFailed
     """
+    check(path)
     pa, pq = _parquet()
     c = instance.contents
     facts = {"schema_version": VERSION, "rows": len(c), **dataclasses.asdict(instance.facts)}

@@ -247,6 +247,10 @@ def test_saving_words_that_do_not_fit(dedup: Dedup, start: Start, tmp_path: Path
         (["--label", "x"], "need --save"),
         (["--save", str(tmp_path / "a"), "--seed", "1"], "--seed"),
         (["--save", str(tmp_path / "a"), "--label", ""], "1 to 64"),
+        (["--save", ""], "needs the name of a file"),
+        (["--save", "/proc/self/exe"], "would be replaced"),
+        (["--save", str(tmp_path / ".dedup-key")], "the file of the key"),
+        (["--save", str(tmp_path / "a"), "--key-file", str(tmp_path / "a")], "the file of the key"),
     ):
         result = dedup("scan", "--pid", pid, *args)
         assert result.status == 2

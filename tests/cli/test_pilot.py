@@ -171,6 +171,8 @@ def test_redis_by_its_port(dedup: Dedup) -> None:
     assert "Not tried (and with fixed seeds): no Python, Perl or Node.js" in text
     assert " 20 " in text
     assert "two instances can't tell" in " ".join(result.err.split())
+    # A pilot has nothing to save.
+    assert "the worst case; take a third" in " ".join(result.err.split())
     assert not alive(f"redis-server *:{base}")
 
 

@@ -168,6 +168,18 @@ def test_within_reads_everything_that_fits(dedup: Dedup, process: subprocess.Pop
     assert scan["sample"] is None
 
 
+@pytest.mark.parametrize(("allowed", "full_scan", "most"), [("600", "1e6", 5.0), ("4", "1e6", 1.5),
+                                                           ("600", "0.1", 0.16)])  # fmt: skip
+def test_looks_are_no_further_apart_than_without(
+    dedup: Dedup, process: subprocess.Popen[str], allowed: str, full_scan: str, most: float
+) -> None:
+    """However much time is given, ksmd's full scan decides, and 5 s are the most."""
+    args = ("scan", "--pid", str(process.pid), "--within", allowed, "--full-scan", full_scan)
+    scan = dedup(*args, "--json").json["scan"]
+    assert scan["sample"] is None
+    assert scan["interval_seconds"] == pytest.approx(most, abs=0.6)
+
+
 def test_within_goes_by_memory_and_time(process: subprocess.Popen[str]) -> None:
     """As if there were a thousand such processes: 230 GiB."""
     pids, plan = [process.pid] * 1_000, scanning.Plan(passes=1)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dedup.errors import BadInput, OutputFailed, Unsupported
+from dedup.errors import BadInput, OutputFailed, Unsupported, Usage
 from dedup.estimate import store
 from dedup.estimate.fingerprints import Contents, Instance
 
@@ -241,6 +241,22 @@ def test_files_that_do_not_fit_together(tmp_path: Path) -> None:
         with pytest.raises(BadInput, match=words) as e:
             store.load_all(paths)
         assert "web-1" in e.value.message
+
+
+def test_what_is_no_file_is_not_replaced(saved: Path) -> None:
+    """A new file takes the place of what is there, and of /dev/null there is but one."""
+    pipe, link = saved.with_name("pipe"), saved.with_name("link")
+    os.mkfifo(pipe)
+    link.symlink_to(saved)
+    for path in (pipe, link, saved.parent):
+        with pytest.raises(Usage, match="would be replaced"):
+            store.save(some(), path)
+    assert pipe.is_fifo()
+    assert link.is_symlink()
+    with pytest.raises(Usage, match="needs the name"):
+        store.save(some(), Path())
+    store.save(some(2), saved)
+    assert same(store.load(saved), some(2))
 
 
 def test_no_room(tmp_path: Path) -> None:
