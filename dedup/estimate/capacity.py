@@ -200,6 +200,8 @@ def _warnings(
 ) -> list[Caution]:
     i, facts = service.incidence, service.facts
     out: list[Caution] = []
+    what = "fit" if wish.mix is None else "mixes fit"
+    worst = f"{fits.worst:,} {what} should further ones share with nobody"
 
     def warn(code: str, message: str) -> None:
         out.append(Caution(code, message))
@@ -238,15 +240,16 @@ def _warnings(
     for s, label in enumerate(service.labels):
         if not i.suspected(s):
             continue
-        private = i.private_within(s)
-        few, many = round(private.min()), round(private.max())
+        few, many, _ = i.pairs(s)
+        kinds = " + ".join(str(len(kind)) for kind in i.kinds(s))
         whose = "the instances" if len(service.labels) == 1 else f"those of {label}"
         warn(
             "classes",
-            f"{whose} look like several kinds: they have {few:,} to {many:,} frames of "
-            "their own. Kinds share within themselves only (one more character in an argument is "
-            "enough), so the upper bound is the worst case; take more instances, or each kind "
-            "under a label of its own",
+            f"{whose} look like several kinds ({kinds}): two of them have {round(few):,} to "
+            f"{round(many):,} contents in common. Kinds share within themselves only (one more "
+            "character in an argument is enough). The figures take further ones for kinds that "
+            f"were seen; the upper bound is the worst case: {worst}. Take more instances, or each "
+            "kind under a label of its own",
         )
     for code, chosen, words in (
         ("from-files", [f for f in facts if f.source != LIVE],
@@ -270,8 +273,8 @@ def _warnings(
             "fixed-addresses",
             "addresses are not random, so instances share whole layouts, and there may be several "
             "(a file more in a program's folder is enough): up to "
-            f"{100 * i.class_share:.0f} % of all may have one that was not seen. Take more "
-            "instances, started at different times",
+            f"{100 * i.class_share:.0f} % of all may have one that was not seen, and in the "
+            f"worst case {worst}. Take more instances, started at different times",
         )
     if len({f.randomized for f in facts} - {UNKNOWN}) > 1:
         warn("randomized", "some instances have random addresses and others not: they share less")

@@ -40,6 +40,9 @@ class Point:
     low_bytes: int
     high_bytes: int
     without_ksm_bytes: int
+    worst_frames: int
+    """As if those that were not seen shared with nobody."""
+    worst_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,11 +129,14 @@ class Service:
         metadata = self.metadata_bytes(n)
         other = n * self.rest.each_bytes + self.rest.once_bytes
         points = []
-        for number, f, plain, own, rest in zip(
-            n.tolist(), found, without.tolist(), metadata.tolist(), other.tolist(), strict=True
-        ):
-            # More than without KSM it can't be, whatever the sizes of the instances.
-            high = max(f.frames, min(f.high, max(f.frames, plain)))
+        bounds = without + i.size_chance(self.numbers(n))
+        for number, f, plain, bound, own, rest in zip(
+            n.tolist(), found, without.tolist(), bounds.tolist(), metadata.tolist(),
+            other.tolist(), strict=True,
+        ):  # fmt: skip
+            # More than without KSM it can't be; but further instances may be larger than these.
+            high = max(f.frames, min(f.high, bound))
+            worst = max(high, min(f.worst, bound))
             low = min(f.low, f.frames)
             without_frames = max(plain, f.frames)
             points.append(
@@ -145,6 +151,8 @@ class Service:
                     low_bytes=round(self.page_size * low + rest + own),
                     high_bytes=round(self.page_size * high + rest + own),
                     without_ksm_bytes=round(self.page_size * without_frames + rest),
+                    worst_frames=round(worst),
+                    worst_bytes=round(self.page_size * worst + rest + own),
                 )
             )
         return points

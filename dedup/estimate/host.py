@@ -37,13 +37,18 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Fits:
-    """Instances that fit; `low` and `high` by the interval, `safe` on a bad day, too."""
+    """Instances that fit.
+
+    `low` and `high` are by the interval; `safe` fit on a bad day, too; `worst`, should all that
+    were not seen share with nobody.
+    """
 
     without_ksm: int
     with_ksm: int
     low: int
     high: int
     safe: int
+    worst: int
 
 
 def parse_size(text: str) -> int:
@@ -78,5 +83,6 @@ def fit(service: Service, memory: Memory, least: int = LEAST) -> tuple[list[Poin
         low=largest(p.high_bytes for p in points),
         high=largest(p.low_bytes for p in points),
         safe=largest(stress.worst_bytes(service, points)),
+        worst=largest(p.worst_bytes for p in points),
     )
     return points[: max(LEAST, least, found.with_ksm)], found

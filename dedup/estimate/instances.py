@@ -44,9 +44,10 @@ GROWTH_MOST: Final = 1 << 26
 """Of the table of what all have by numbers of instances; beyond it some numbers are left out."""
 INTERVAL_SHARE: Final = 0.01
 """By so much of all frames the interval is widened on both sides."""
-CLASSES_RATIO: Final = 1.2
+CLASSES_SHARE: Final = 0.02
 CLASSES_PAGES: Final = 20
-"""Private contents: so many times the fewest, and so many more, is a sign of classes."""
+"""Two instances share more than two others by so much of an instance's contents, and by so many:
+a sign of classes. Less than that is within what the interval has for chance."""
 LEAST: Final = 3
 """Instances that can tell the shared, the partly shared and classes apart."""
 CONFIDENCE: Final = 0.95
@@ -75,6 +76,8 @@ class Frames:
     high: float
     lin: float
     """As if what is new in an instance stayed the same."""
+    worst: float
+    """As if all that were not seen shared with nobody: kinds that no sign tells of."""
 
 
 class Incidence:
@@ -118,6 +121,8 @@ class Incidence:
         """Frames kept by what an instance has alone, for each."""
         self.alone_frames = self._kept_by(np.eye(k, dtype=bool)) + self.volatile_frames
         """Frames that each instance keeps by itself."""
+        self._common, self._in_all = self._count_common()
+        self._contents = np.diagonal(self._common)
         self._seen_before: dict[tuple[int, ...], Frames] = {}
 
     # -- of each service ---------------------------------------------------------------------------
@@ -224,6 +229,36 @@ class Incidence:
         )  # fmt: skip
         return np.asarray(kept(counts, self.rules).sum(axis=0))
 
+    def _count_common(self) -> tuple[F64, F64]:
+        """Contents that each two instances have in common, (k, k), and all of each service."""
+        j, s = self._joined, self.services
+        common, in_all = np.zeros((self.k, self.k)), np.zeros(s)
+
+        def add(has: F64, times: F64) -> None:
+            nonlocal common
+            common += (has * times[:, None]).T @ has
+            for one in range(s):
+                of = has[:, self.service == one].sum(axis=1) == self.sizes[one]
+                in_all[one] += float(times[of].sum())
+
+        step = max(1, CELLS_MOST // self.k)
+        bits = np.arange(self.k, dtype=np.uint64)
+        for at in range(0, len(j.masks), step):
+            masks = j.masks[at : at + step, None]
+            add(
+                ((masks >> bits) & np.uint64(1)).astype(np.float64), j.mask_contents[at : at + step]
+            )
+        if j.special is not None:
+            c = j.special
+            ends = np.append(c.start, len(c.which))
+            for at in range(0, len(c.start), step):
+                end = min(at + step, len(c.start))
+                has = np.zeros((end - at, self.k))
+                content = np.repeat(np.arange(end - at), np.diff(ends[at : end + 1]))
+                has[content, c.which[ends[at] : ends[end]]] = 1
+                add(has, (~c.zero[at:end]).astype(np.float64))
+        return common, in_all
+
     def rarefied(self, j: int, service: int = 0) -> float:
         """Frames kept by what is in j of a service's instances, the mean over all such subsets.
 
@@ -240,13 +275,52 @@ class Incidence:
     def suspected(self, service: int) -> bool:
         """Whether the instances of a service look as if they were of several kinds.
 
-        The number of private contents then differs by more than chance: who is alone in its class
-        has all its layout for itself.
+        Two of one kind then have much more in common than two of different ones. How much an
+        instance has of its own is no such sign: it differs by size as well, and not at all where
+        two are of each kind.
         """
         if self.sizes[service] < LEAST:
             return False
-        private = self.private_within(service)
-        return bool(private.max() > CLASSES_RATIO * private.min() + CLASSES_PAGES)
+        few, many, chance = self.pairs(service)
+        least = CLASSES_PAGES + CLASSES_SHARE * float(self.of(self._contents, service).mean())
+        return many - few > least + chance
+
+    def pairs(self, service: int) -> tuple[float, float, float]:
+        """Contents that two instances of a service have in common, all-zero ones left out.
+
+        Returns
+        -------
+        few, many : float
+            Of the two that share the least, and the most.
+        chance : float
+            By so much they may differ where each content that some have came to them by itself:
+            the counts spread by their square root, and the more pairs the wider.
+        """
+        first, second = np.triu_indices(int(self.sizes[service]), 1)
+        common = self._common_of(service)[first, second]
+        # What all have is the same for all pairs.
+        some = float(common.mean()) - self._in_all[service]
+        deviations = 2 * (1 + math.sqrt(2 * math.log(len(common))))
+        return float(common.min()), float(common.max()), deviations * math.sqrt(max(0.0, some))
+
+    def kinds(self, service: int) -> list[list[int]]:
+        """The instances of a service by kind, the largest kind first, if several are suspected.
+
+        Alike are those that share more than the middle between the least and the most that two do.
+        """
+        few, many, _ = self.pairs(service)
+        near = self._common_of(service) > (few + many) / 2
+        np.fill_diagonal(near, val=True)
+        left, found = set(range(len(near))), []
+        while left:
+            like = left & set(np.flatnonzero(near[min(left)]).tolist())
+            found.append(sorted(like))
+            left -= like
+        return sorted(found, key=lambda kind: (-len(kind), kind))
+
+    def _common_of(self, service: int) -> F64:
+        members = np.flatnonzero(self.service == service)
+        return np.asarray(self._common[np.ix_(members, members)])
 
     @property
     def classes_suspected(self) -> bool:
@@ -309,22 +383,24 @@ class Incidence:
         n = self.numbers(n)
         known = np.minimum(n, self.sizes)
         seen = np.array([self._columns(self._seen(tuple(row))) for row in known.tolist()])
-        frames, low, high, lin = seen.T
+        frames, low, high, lin, worst = seen.T
         more = n - known
         # Volatile pages take a frame each, wherever they are.
         volatile = more @ self.mean(self.volatile_frames)
         certain = alike = self._growth(n, certain=True)
         if self.sizes.min() == 1:
             alike = self._growth(n, certain=False)
-        frames, high, lin = (column + volatile + certain for column in (frames, high, lin))
+        frames, high, lin, worst = (
+            column + volatile + certain for column in (frames, high, lin, worst)
+        )
         low = low + volatile + alike
         # Whatever further ones have: those seen are among all.
         least = (1 - INTERVAL_SHARE) * low
         widened = np.zeros(len(n), bool)
         for s in range(self.services):
             grown = self._grown(s, n[:, s])
-            frames, low, high, lin = (
-                a + b for a, b in zip((frames, low, high, lin), grown, strict=True)
+            frames, low, high, lin, worst = (
+                a + b for a, b in zip((frames, low, high, lin, worst), grown, strict=True)
             )
             widened |= (more[:, s] > 0) & bool(self.sizes[s] >= LEAST)
         wider = INTERVAL_SHARE * frames * widened
@@ -332,19 +408,24 @@ class Incidence:
         low, high = np.minimum(low, frames), np.maximum(high + wider, frames)
         beyond = (more > 0).any(axis=1)
         high[beyond] = np.maximum.accumulate(high[beyond])
-        return [Frames(*map(float, row)) for row in np.stack([frames, low, high, lin], axis=1)]
+        worst = np.maximum(worst, high)
+        columns = np.stack([frames, low, high, lin, worst], axis=1)
+        return [Frames(*map(float, row)) for row in columns]
 
     @staticmethod
-    def _columns(f: Frames) -> tuple[float, float, float, float]:
-        return f.frames, f.low, f.high, f.lin
+    def _columns(f: Frames) -> tuple[float, float, float, float, float]:
+        return f.frames, f.low, f.high, f.lin, f.worst
+
+    def needed(self, subsets: Bool) -> F64:
+        """Frames that each subset needs once ksmd has converged; exact."""
+        return np.asarray(self._kept_by(subsets) + subsets @ self.volatile_frames)
 
     def _seen(self, seen: tuple[int, ...]) -> Frames:
         found = self._seen_before.get(seen)
         if found is None:
-            subsets = self.subsets(seen)
-            total = self._kept_by(subsets) + subsets @ self.volatile_frames
-            mean = float(total.mean())
-            found = Frames(mean, float(total.min()), float(total.max()), mean)
+            total = self.needed(self.subsets(seen))
+            mean, most = float(total.mean()), float(total.max())
+            found = Frames(mean, float(total.min()), most, mean, most)
             self._seen_before[seen] = found
         return found
 
@@ -379,8 +460,8 @@ class Incidence:
             out += kept(counts, self.rules) @ c.times[part]
         return out
 
-    def _grown(self, s: int, n: I64) -> tuple[F64, F64, F64, F64]:
-        """Frames more than those seen, the least, the most, and if what is new stayed the same."""
+    def _grown(self, s: int, n: I64) -> tuple[F64, F64, F64, F64, F64]:
+        """Frames more than those seen, by the columns of `Frames`."""
         k = int(self.sizes[s])
         more = np.maximum(n - k, 0).astype(np.float64)
         private = self.of(self.private, s)
@@ -391,21 +472,43 @@ class Incidence:
         if k == 1:
             # What is certain: within the instance, and all-zero pages; or all of them are alike.
             own = more * float(alone[0] - self._zero_kept(s))
-            return own, 0 * more, own, own
+            return own, 0 * more, own, own, worst
         lin, heaps = more * mean, mean * self._heaps(s, n)
         if k < LEAST:
-            return lin, heaps, np.maximum(worst, lin), lin
+            return lin, heaps, np.maximum(worst, lin), lin, worst
         # What further ones have alone, on average: as far from the mean of those seen as chance
         # makes it. Of three, the least and the most hold it in three of four cases only.
-        spread = 1 / k + np.divide(1, more, out=np.zeros(len(more)), where=more > 0)
-        chance = more * student(k - 1) * float(private.std(ddof=1)) * np.sqrt(spread)
+        chance = self._chance(private, more)
+        worst = worst + self._chance(alone, more)
         low = np.maximum(0, np.minimum(heaps, np.minimum(more * private.min(), lin - chance)))
         high = np.maximum(more * private.max(), lin + chance)
+        frames = heaps
         if self.suspected(s):
-            # The next of the commonest kind brings what its like have alone.
-            heaps = np.maximum(heaps, more * private.min())
-            high = np.maximum(high, worst)
-        return heaps, low, high, lin
+            # New kinds have no law. Further ones are of those seen, and bring what one brings
+            # whose like was there before; whoever was the first of its kind is no measure.
+            like = [i for kind in self.kinds(s) if len(kind) > 1 for i in kind]
+            frames, high = more * float(private[like].mean()), np.maximum(high, worst)
+        return frames, low, high, lin, worst
+
+    def size_chance(self, n: I64) -> F64:
+        """Frames by which chance may make so many instances larger than those seen, 95 %.
+
+        Of a service of which less than `LEAST` were seen nothing is known of that.
+        """
+        n = self.numbers(n)
+        out = np.zeros(len(n))
+        for s, k in enumerate(self.sizes.tolist()):
+            if k >= LEAST:
+                more = np.maximum(n[:, s] - k, 0).astype(np.float64)
+                out += self._chance(self.of(self.own_frames, s), more)
+        return out
+
+    @staticmethod
+    def _chance(seen: F64, more: F64) -> F64:
+        """How far chance takes the sum over so many more from what the mean of those seen says."""
+        k = len(seen)
+        spread = 1 / k + np.divide(1, more, out=np.zeros(len(more)), where=more > 0)
+        return np.asarray(more * student(k - 1) * float(seen.std(ddof=1)) * np.sqrt(spread))
 
     def _zero_kept(self, s: int) -> float:
         """Frames that the all-zero contents of a service's one instance keep by themselves."""

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dedup.estimate import domains
+from dedup.estimate.instances import LEAST
 from dedup.report.jsonout import envelope
 from dedup.report.names import lossless, safe
 from dedup.report.price import cost_object, duration, percent
@@ -144,6 +145,11 @@ def lines(plan: Plan, width: int, *, plain: bool) -> list[RenderableType]:
     out: list[RenderableType] = [
         Text(first),
         Text(_of_memory(plan), style="dim"),
+        *(
+            [Text(_unseen(plan), style="dim")]
+            if plan.service.incidence.sizes.min() >= LEAST
+            else []
+        ),
         Text(""),
         _table(plan, width, plain=plain),
         Text(""),
@@ -206,6 +212,15 @@ def _within(plan: Plan, unit: tuple[str, ...]) -> list[RenderableType]:
         Text(f"Where less may merge, {count(plan.stressed, *unit)} {needs}:"),
         Padding(table, (0, 0, 0, 2)),
     ]
+
+
+def _unseen(plan: Plan) -> str:
+    """What no sign tells of."""
+    share = f"{100 * plan.service.incidence.class_share:.0f} %"
+    return (
+        f"Up to {share} of all may be of a kind not seen. Should further ones share with nobody, "
+        f"{plan.fits.worst:,} fit."
+    )
 
 
 def _of_memory(plan: Plan) -> str:

@@ -82,6 +82,7 @@ def _trial(trial: Trial, plan: Plan) -> dict[str, Any]:
         "fits": {
             "without_ksm": plan.fits.without_ksm, "with_ksm": plan.fits.with_ksm,
             "low": plan.fits.low, "high": plan.fits.high, "safe": plan.fits.safe,
+            "worst": plan.fits.worst,
         },
         "risks": _risks(trial),
         "warnings": [

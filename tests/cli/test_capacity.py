@@ -59,6 +59,9 @@ def test_how_many_fit(dedup: Dedup, files: list[str]) -> None:
     assert fits["without_ksm"] <= fits["safe"] <= fits["low"] <= fits["with_ksm"] <= fits["high"]
     assert found["classes_suspected"] is False
     assert found["warnings"] == []
+    # Should the ones not seen share with nobody, the three seen still do.
+    assert curve[11]["worst_frames"] == SHARED + 3 * OWN + 9 * (SHARED + OWN)
+    assert fits["without_ksm"] < fits["worst"] <= fits["low"]
     assert {d["name"] for d in found["stress"]["days"]} == {"measured", "tenth", "all"}
     every = found["stress"]["days"][-1]
     assert every["frames"] == curve[-1]["without_ksm_frames"]
@@ -91,6 +94,10 @@ def test_for_people(dedup: Dedup, files: list[str]) -> None:
     assert first.startswith("web: ")
     assert "without" in first
     assert "3 instances seen" in result.out
+    fits = dedup("capacity", *files, "--ram", "4G", "--json").json["fits"]
+    words = " ".join(result.out.split())
+    assert "Up to 63 % of all may be of a kind not seen" in words
+    assert f"share with nobody, {fits['worst']:,} fit." in words
     assert "█" in result.out
     assert second
     assert result.err == ""
@@ -123,7 +130,13 @@ def test_classes_are_told(dedup: Dedup, files: list[str], tmp_path: Path) -> Non
     store.save(instance(9, {1 << 40 | c: (1, 1) for c in range(SHARED)}), tmp_path / "odd.dedup")
     found = dedup("capacity", *files[:2], str(tmp_path / "odd.dedup"), "--json").json
     assert found["classes_suspected"] is True
-    assert [w["code"] for w in found["warnings"]] == ["classes"]
+    (warning,) = found["warnings"]
+    assert warning["code"] == "classes"
+    assert "(2 + 1)" in warning["message"]
+    assert f"0 to {SHARED:,} contents in common" in warning["message"]
+    worst = found["fits"]["worst"]
+    assert f"the upper bound is the worst case: {worst:,} fit should" in warning["message"]
+    assert all(p["worst_bytes"] == p["high_bytes"] for p in found["curve"][3:])
 
 
 @pytest.mark.parametrize(
@@ -151,7 +164,9 @@ def test_fixed_addresses_may_hide_layouts(dedup: Dedup, files: list[str]) -> Non
     assert [w["code"] for w in found["warnings"]] == ["fixed-addresses"]
     # Three of one kind are seen by chance in one study of 20 where 63 % are of others.
     assert found["unseen_class_share"] == pytest.approx(1 - 0.05 ** (1 / 3))
-    assert "63 %" in found["warnings"][0]["message"]
+    message = found["warnings"][0]["message"]
+    assert "63 %" in message
+    assert f"in the worst case {found['fits']['worst']:,} fit should" in message
 
 
 def test_a_pilot_is_proposed_for_what_these_can_not_tell(files: list[str]) -> None:
