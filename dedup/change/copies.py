@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from dedup.estimate.settings import Start
 
 ANSWER_SECONDS: Final = 10.0
+GONE_SECONDS: Final = 0.3
+"""For which no process of a copy must be seen until it counts as ended."""
 STOP_SECONDS: Final = keeper.TERM_SECONDS + keeper.KILL_SECONDS + 5.0
 SHOWN: Final = 4
 """Last lines that an error shows."""
@@ -196,8 +198,21 @@ class Copies:
         while more:
             more = self._message(max(0.0, until - time.monotonic())) is not None
             for copy in self.running.values():
-                if copy.code is not None and not self.processes()[copy.number]:
+                if copy.code is not None and self._is_over(copy):
                     raise self._ended(copy)
+
+    def _is_over(self, copy: Running) -> bool:
+        """Whether nothing of it is left.
+
+        Amid an exec a process shows no environment, and amid a change of parent it is in nobody's
+        list: only what stays away is gone.
+        """
+        until = time.monotonic() + GONE_SECONDS
+        while not self.processes()[copy.number]:
+            if time.monotonic() > until:
+                return True
+            time.sleep(keeper.TURN_SECONDS)
+        return False
 
     def output(self, number: int) -> str:
         """The last lines that a copy that runs has printed."""

@@ -208,7 +208,7 @@ def test_a_server_that_goes_to_the_background(dedup: Dedup, words: Words) -> Non
         "--copies", "2", "--json", *SOON,
     ).json  # fmt: skip
     assert [i["processes"] for i in found["instances"]] == [1, 1]
-    assert found["pilot"]["trials"][0]["ready_seconds"] == pytest.approx([1, 1], abs=0.5)
+    assert min(found["pilot"]["trials"][0]["ready_seconds"]) >= 1
 
 
 def test_where_randomisation_can_not_be_switched_off(dedup: Dedup, words: Words) -> None:
