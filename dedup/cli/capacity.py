@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from dedup.cli.options import Seconds, Tunable, reports
+from dedup.cli.options import Percent, Seconds, Tunable, reports
 from dedup.cli.root import Exemplified
 from dedup.errors import Usage
 
@@ -41,24 +40,6 @@ class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore] # generic s
             return parse_size(str(value))
         except ValueError as e:
             self.fail(str(e), param, ctx)
-
-
-class Part(click.ParamType):  # type: ignore[type-arg,unused-ignore] # generic since 8.5
-    """Per cent, `10` or `10%`, from 0 to less than 100; gives the share."""
-
-    name = "percent"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        """The share."""
-        try:
-            percent = float(str(value).removesuffix("%"))
-        except ValueError:
-            percent = math.nan
-        if not 0 <= percent < 100:
-            self.fail(f"{value!r} is not a number of per cent from 0 to below 100", param, ctx)
-        return percent / 100
 
 
 class ReadySign(click.ParamType):  # type: ignore[type-arg,unused-ignore] # generic since 8.5
@@ -167,7 +148,7 @@ class Mix(click.ParamType):  # type: ignore[type-arg,unused-ignore] # generic si
     "--reserve", type=Size(), default=0, metavar="SIZE", help="For whatever else runs there."
 )
 @click.option(
-    "--headroom", type=Part(), default="10", metavar="PERCENT", show_default=True,
+    "--headroom", type=Percent(headroom=True), default="10", metavar="PERCENT", show_default=True,
     help="Of the rest, to stay free.",
 )  # fmt: skip
 @click.option(

@@ -43,6 +43,37 @@ class Seconds(click.ParamType):  # type: ignore[type-arg,unused-ignore] # generi
         return seconds
 
 
+class Percent(click.ParamType):  # type: ignore[type-arg,unused-ignore] # generic since 8.5
+    """Per cent, `10` or `10%`; gives the share.
+
+    Parameters
+    ----------
+    headroom : bool
+        From 0 to below 100, for what is to stay free; else above 0 and up to 100.
+    """
+
+    name = "percent"
+
+    def __init__(self, *, headroom: bool = False) -> None:
+        self.headroom = headroom
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """The share."""
+        try:
+            percent = float(str(value).removesuffix("%"))
+        except ValueError:
+            percent = math.nan
+        if self.headroom:
+            within, words = 0 <= percent < 100, "from 0 to below 100"
+        else:
+            within, words = 0 < percent <= 100, "above 0 and up to 100"
+        if not within:
+            self.fail(f"{value!r} is not a number of per cent {words}", param, ctx)
+        return percent / 100
+
+
 class Rate(click.ParamType):  # type: ignore[type-arg,unused-ignore] # generic since 8.5
     """A part of the whole: 0.1 or 10%."""
 

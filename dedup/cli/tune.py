@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from dedup.cli.options import Seconds, chooses_processes, reports, words_of
+from dedup.cli.options import Percent, Seconds, chooses_processes, reports, words_of
 from dedup.cli.root import Exemplified
 from dedup.errors import NotPermitted, Partial, Usage
 
 if TYPE_CHECKING:
     from dedup.cli.output import Output
     from dedup.kernel.processes import Choice
-
-
-class Percent(click.ParamType):  # type: ignore[type-arg,unused-ignore] # generic since 8.5
-    """Per cent of a core, `10` or `10%`, above 0 and up to 100; gives the share."""
-
-    name = "percent"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        """The share."""
-        try:
-            percent = float(str(value).removesuffix("%"))
-        except ValueError:
-            percent = math.nan
-        if not 0 < percent <= 100:
-            self.fail(f"{value!r} is not a number of per cent above 0 and up to 100", param, ctx)
-        return percent / 100
 
 
 @click.command(
