@@ -11,6 +11,10 @@ PAGE_IS_HUGE = 64
 PAGE_IS_SOFT_DIRTY = 128
 
 cdef enum:
+    P_FILE = 4
+    P_PRESENT = 8
+    P_PFNZERO = 32
+    P_HUGE = 64
     SCAN_VECTOR = 4096
 
 
@@ -123,6 +127,82 @@ def read_words(int fd, const int64_t[::1] indices not None):
                     break
             i = j
     return words
+
+
+def first_present(int fd, const uint64_t[::1] starts not None, const uint64_t[::1] ends not None,
+                  uint64_t huge_bytes, int page_size):
+    """The first present anonymous page of each range, and whether a huge page is mapped as one.
+
+    Huge pages are looked for at their own multiples, which takes one call for each; the shared
+    zero page is left out.
+
+    Parameters
+    ----------
+    fd : int
+        An open /proc/PID/pagemap.
+    starts, ends : uint64 arrays, shape (n,)
+        Page aligned.
+    huge_bytes : int
+        Of a PMD-mapped huge page; 0 where the kernel has none.
+    page_size : int
+
+    Returns
+    -------
+    words : uint64 array, shape (n,)
+        Of pagemap; 0 for a range without such a page.
+    huge : bool array, shape (n,)
+
+    Raises
+    ------
+    OSError
+        ENOTTY where the kernel has no PAGEMAP_SCAN.
+    """
+    cdef int64_t i, n = starts.shape[0]
+    cdef uint64_t at
+    cdef dedup_page_region found
+    cdef int rc = 0, failure = 0
+    words, huge = np.zeros(n, np.uint64), np.zeros(n, np.uint8)
+    cdef uint64_t[::1] word = words
+    cdef uint8_t[::1] is_huge = huge
+    with nogil:
+        for i in range(n):
+            rc = _present_page(fd, starts[i], ends[i], &found)
+            if rc == 1:
+                is_huge[i] = found.categories & P_HUGE != 0
+                if pread(fd, &word[i], 8, <int64_t>(found.start // page_size) * 8) != 8:
+                    word[i] = 0
+                at = (found.start + huge_bytes - 1) // huge_bytes * huge_bytes if huge_bytes else 0
+                while huge_bytes and not is_huge[i] and at + huge_bytes <= ends[i] and rc >= 0:
+                    rc = _present_page(fd, at, at + page_size, &found)
+                    is_huge[i] = rc == 1 and found.categories & P_HUGE != 0
+                    at += huge_bytes
+            if rc < 0:
+                failure = errno
+                break
+    if rc < 0:
+        raise _os_error(failure, "PAGEMAP_SCAN")
+    return words, huge.view(np.bool_)
+
+
+cdef int _present_page(int fd, uint64_t start, uint64_t end,
+                       dedup_page_region *found) noexcept nogil:
+    """The first present anonymous page of a range: 1 if there is one, -1 with errno."""
+    cdef dedup_pm_scan_arg arg
+    cdef int rc
+    memset(&arg, 0, sizeof(arg))
+    arg.size = sizeof(arg)
+    arg.start = start
+    arg.end = end
+    arg.vec = <uint64_t><uintptr_t>found
+    arg.vec_len = 1
+    arg.max_pages = 1
+    arg.category_inverted = P_FILE | P_PFNZERO
+    arg.category_mask = P_PRESENT | P_FILE | P_PFNZERO
+    arg.return_mask = P_HUGE
+    while True:
+        rc = ioctl(fd, DEDUP_PAGEMAP_SCAN, &arg)
+        if rc >= 0 or errno != EINTR:
+            return rc
 
 
 def address_of(const uint8_t[::1] data not None):

@@ -113,7 +113,8 @@ class ProcessCounters:
     ksm_process_profit: int
     ksm_merge_any: bool | None
     """None where the kernel does not tell (`inject.merges_any` asks the process itself)."""
-    ksm_mergeable: bool
+    ksm_mergeable: bool | None
+    """Whether any mapping is; None where the kernel does not tell."""
 
 
 class Ksm:
@@ -254,7 +255,7 @@ def process_counters(handle: Handle) -> ProcessCounters | None:
         ksm_merging_pages=int(values.get("ksm_merging_pages", 0)),
         ksm_process_profit=int(values.get("ksm_process_profit", 0)),
         ksm_merge_any=values["ksm_merge_any"] == "yes" if "ksm_merge_any" in values else None,
-        ksm_mergeable=values.get("ksm_mergeable") == "yes",
+        ksm_mergeable=values["ksm_mergeable"] == "yes" if "ksm_mergeable" in values else None,
     )
 
 

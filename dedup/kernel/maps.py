@@ -1,4 +1,4 @@
-"""smaps and VmFlags.
+"""maps, smaps and VmFlags.
 
 Source: fs/proc/task_mmu.c, Documentation/filesystems/proc.rst.
 """
@@ -34,6 +34,8 @@ class Mapping(NamedTuple):
     """Pages that others map too, of files or since a fork."""
     ksm_bytes: int | None
     """Bytes of KSM pages mapped, None where the kernel does not tell (before Linux 6.6)."""
+    counted: bool = True
+    """False: the sizes are what they may be at the most, and a look has to count the pages."""
 
 
 _END: Final = b"\nVmFlags:"
@@ -90,6 +92,11 @@ def parse(text: bytes) -> list[Mapping]:
     if text and not mappings:
         raise Unsupported("this kernel shows no VmFlags in /proc/PID/smaps", "")
     return mappings
+
+
+def mapping(start: int, end: int, perms: bytes, name: bytes, vm_flags: frozenset[str]) -> Mapping:
+    """A mapping as /proc/PID/maps shows it, with what VmFlags are known otherwise; sizes 0."""
+    return Mapping(start, end, _text(perms), _text(name), vm_flags, 0, 0, 0, 0, 0, 0)
 
 
 @lru_cache(_KNOWN)

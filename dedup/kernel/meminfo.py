@@ -57,6 +57,12 @@ def swap_bytes(proc: Path = PROC) -> int:
     return _kilobytes("SwapTotal", (proc / "meminfo").read_text())
 
 
+def swap_used_bytes(proc: Path = PROC) -> int:
+    """Swap space in use on the whole host."""
+    text = (proc / "meminfo").read_text()
+    return _kilobytes("SwapTotal", text) - _kilobytes("SwapFree", text)
+
+
 def _kilobytes(name: str, text: str) -> int:
     found = re.search(rf"^{name}: +(\d+) kB", text, re.MULTILINE)
     return int(found[1]) * 1024 if found else 0

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 PROC: Final = Path("/proc")
 THP: Final = Path("/sys/kernel/mm/transparent_hugepage")
+PFN_MASK: Final = (1 << 55) - 1
+KPF_SWAPBACKED: Final = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,7 @@ def sight(proc: Path = PROC, thp: Path = THP) -> Sight:
             ) from e
         try:
             word = int(_core.read_words(fd, np.array([address // page_size], np.int64))[0])
-            frame = word & ((1 << 55) - 1)
+            frame = word & PFN_MASK
             if word >> 63 and frame:
                 zero_frame = frame
             try:
@@ -125,6 +127,22 @@ def present_ranges(fd: int, start: int, end: int) -> U64:
     )
 
 
+def kinds_of_ranges(fd: int, start: int, end: int) -> U64:
+    """Ranges of present pages, the shared zero page left out: shape (n, 3) of start, end, kind.
+
+    The kind has `_core.PAGE_IS_FILE` for pages of files and of shared memory, and
+    `_core.PAGE_IS_HUGE` where a huge page is mapped as one.
+
+    Raises
+    ------
+    OSError
+        ENOTTY where the kernel has no PAGEMAP_SCAN.
+    """
+    zero = _core.PAGE_IS_PFNZERO
+    kinds = _core.PAGE_IS_FILE | _core.PAGE_IS_HUGE
+    return _core.pagemap_scan(fd, start, end, zero, _core.PAGE_IS_PRESENT | zero, kinds)
+
+
 def zero_pages(fd: int, start: int, end: int) -> U64:
     """Ranges that map the shared zero page: shape (n, 3) of start, end, categories.
 
@@ -146,5 +164,19 @@ def mappings_of(frames: I64, proc: Path = PROC) -> I64:
     fd = os.open(proc / "kpagecount", os.O_RDONLY | os.O_CLOEXEC)
     try:
         return _core.read_words(fd, np.ascontiguousarray(frames, np.int64)).astype(np.int64)
+    finally:
+        os.close(fd)
+
+
+def flags_of(frames: I64, proc: Path = PROC) -> U64:
+    """The kpageflags of frames, best ascending (root only).
+
+    Raises
+    ------
+    OSError
+    """
+    fd = os.open(proc / "kpageflags", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return _core.read_words(fd, np.ascontiguousarray(frames, np.int64))
     finally:
         os.close(fd)

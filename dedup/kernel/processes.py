@@ -44,6 +44,10 @@ class Info:
     anonymous_bytes: int
     pinned_bytes: int
     """VmPin: pinned for devices and io_uring; vmsplice, for one, does not count."""
+    locked_bytes: int
+    """VmLck."""
+    swapped_bytes: int
+    """VmSwap."""
     cgroup: str
     tgid: int
     """The process, where the pid is that of a thread."""
@@ -197,8 +201,6 @@ def _parse(pid: int, stat: bytes, status: bytes, cgroup: bytes) -> Info:
     f = tail.split()
     uid = re.search(rb"^Uid:\s+(\d+)", status, re.MULTILINE)
     tgid = re.search(rb"^Tgid:\s+(\d+)", status, re.MULTILINE)
-    anonymous = re.search(rb"^RssAnon:\s+(\d+)", status, re.MULTILINE)
-    pinned = re.search(rb"^VmPin:\s+(\d+)", status, re.MULTILINE)
     return Info(
         id=ProcessId(pid, int(f[19])),
         name=head.partition(b"(")[2].decode(errors="surrogateescape"),
@@ -207,13 +209,20 @@ def _parse(pid: int, stat: bytes, status: bytes, cgroup: bytes) -> Info:
         state=f[0].decode(),
         kernel_thread=bool(int(f[6]) & 0x00200000),
         reaped_faults=int(f[8]) + int(f[10]),
-        anonymous_bytes=int(anonymous[1]) * 1024 if anonymous else 0,
-        pinned_bytes=int(pinned[1]) * 1024 if pinned else 0,
+        anonymous_bytes=_kilobytes(b"RssAnon", status),
+        pinned_bytes=_kilobytes(b"VmPin", status),
+        locked_bytes=_kilobytes(b"VmLck", status),
+        swapped_bytes=_kilobytes(b"VmSwap", status),
         cgroup=_cgroup_path(cgroup.decode(errors="surrogateescape")),
         tgid=int(tgid[1]) if tgid else pid,
         # start_code, start_stack, arg_start (proc_pid_stat(5)).
         program=(f[23], f[25], f[45]) if len(f) > 45 else (),
     )
+
+
+def _kilobytes(name: bytes, status: bytes) -> int:
+    found = re.search(rb"^%b:\s+(\d+)" % name, status, re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
 
 
 def _cgroup_path(text: str) -> str:

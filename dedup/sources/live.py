@@ -26,7 +26,7 @@ from dedup.kernel import maps, memory, numa, pagemap, processes
 from dedup.model import guests
 from dedup.model.eligibility import why_not
 from dedup.pages import FRAME_MASK, Flag, Pages, Process, Region, Skipped
-from dedup.sources import ranges, stored
+from dedup.sources import mappings, ranges, stored
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -107,6 +107,8 @@ class LiveSource:
     """Pages that lie in files."""
     _only: Bool | None = None
     """Pages that the look under way reads."""
+    _uncounted: list[int] = field(default_factory=list)
+    """Regions (indices) whose sizes the look under way tells."""
 
     @property
     def lost_any(self) -> bool:
@@ -218,6 +220,7 @@ class LiveSource:
         pages.hashes = store.hashes[: store.used]
         pages.frames = store.frames[: store.used]
         if not self._runs:
+            self._count_pages()
             return
         start, count, first, region = (np.concatenate(p) for p in zip(*self._runs, strict=True))
         process = pages.process_of_region()[region]
@@ -225,6 +228,7 @@ class LiveSource:
         pages.run_start, pages.run_count = start[order], count[order]
         pages.run_first, pages.run_region = first[order], region[order]
         self._runs = [(pages.run_start, pages.run_count, pages.run_first, pages.run_region)]
+        self._count_pages()
         for r in np.flatnonzero(np.isin(process[order], list(self._ended))).tolist():
             first_page = int(pages.run_first[r])
             pages.frames[first_page : first_page + int(pages.run_count[r])] |= Flag.GONE
@@ -347,9 +351,11 @@ class LiveSource:
                     f"process {handle.pid} ({known.name}) started another program during the scan",
                     "scan it again",
                 )
-        mappings = maps.read(handle)
         counters = ksm_interface.process_counters(handle)
-        advised = any("mg" in m.vm_flags for m in mappings)
+        whole = self.options.scope == "compatible" and handle.pid not in self.options.marked
+        countable = whole and self.options.sample is None
+        found = mappings.of(handle, counters, self.sight, countable=countable)
+        advised = any("mg" in m.vm_flags for m in found)
         # A fork or a running ksmd between pagemap and read would cost the target its sharing:
         # no fast path where either is likely.
         fast = not (merging and (advised or bool(counters and counters.ksm_mergeable)))
@@ -360,8 +366,8 @@ class LiveSource:
         try:
             assert target.files is not None
             chooser = ranges.Chooser(self.sight)
-            for m, region in self._regions(process, mappings):
-                chooser.add(region, m, self._region_index(region))
+            for m, region in self._regions(process, found):
+                chooser.add(region, m, self._region_index(region, m))
             target.ranges = chooser.ranges(target.files[1])
             if first and guests.is_qemu(handle.info.name):
                 self._mark_guest(handle, process)
@@ -409,14 +415,14 @@ class LiveSource:
         return self._index[handle.pid]
 
     def _regions(
-        self, process: int, mappings: Iterable[maps.Mapping]
+        self, process: int, found: Iterable[maps.Mapping]
     ) -> Iterable[tuple[maps.Mapping, Region]]:
         """The region of each mapping, or, for spans of our own memory, its parts inside them."""
         assert self.pages is not None
         marked = self.options.marked.get(self.pages.processes[process].id.pid)
         all_compatible = self.options.scope == "compatible"
         spans = [(span.start, span.start + span.length) for span in self.spans]
-        for m in mappings:
+        for m in found:
             why = why_not(m.vm_flags, m.name)
             advised = "mg" in m.vm_flags
             scanned = not why and (advised or all_compatible)
@@ -436,13 +442,27 @@ class LiveSource:
                 for part in inside or [whole._replace(scanned=False)]:
                     yield m, part
 
-    def _region_index(self, region: Region) -> int:
+    def _region_index(self, region: Region, m: maps.Mapping) -> int:
         pages = self.pages
         assert pages is not None
         index = self._known_regions.setdefault((region.process, region.start), len(pages.regions))
         if index == len(pages.regions):
             pages.regions.append(region)
+            if not m.counted:
+                self._uncounted.append(index)
         return index
+
+    def _count_pages(self) -> None:
+        """Tell the sizes of regions that this look was the first to count."""
+        pages = self.pages
+        assert pages is not None
+        if not self._uncounted:
+            return
+        found = np.bincount(pages.run_region, pages.run_count, len(pages.regions))
+        for i in self._uncounted:
+            size = int(found[i]) * pages.page_size
+            pages.regions[i] = pages.regions[i]._replace(anonymous_bytes=size, resident_bytes=size)
+        self._uncounted.clear()
 
     def _scan_error(self, e: OSError, handle: Handle) -> DedupError:
         if e.errno in {errno.ESRCH, errno.ENOENT} or not handle.alive():

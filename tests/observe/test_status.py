@@ -42,7 +42,7 @@ SAMPLE = Sample(
 
 def use(pid: int, name: str, uid: int, merging: int, followed: int, unit: str = "") -> Use:
     info = Info(
-        ProcessId(pid, 7), name, uid, 1, "S", False, 0, 0, 0, f"/system.slice/{unit}", pid, ()
+        ProcessId(pid, 7), name, uid, 1, "S", False, 0, 0, 0, 0, 0, f"/system.slice/{unit}", pid, ()
     )
     profit = merging * PAGE - followed * 64
     return Use(info, ProcessCounters(followed, 0, merging, profit, False, True))

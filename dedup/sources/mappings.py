@@ -1,0 +1,253 @@
+"""The mappings of a process: from smaps, or without it where a cheaper way says the same.
+
+For smaps the kernel walks every page, some 40 ns each, before it shows VmFlags and sizes: a tenth
+of a scan of small pages, and a thread of its own can't do it earlier. Of most processes all that
+decides about KSM can be known without, and pages are counted by the look itself:
+
+- /proc/PID/ksm_stat tells that no mapping is mergeable;
+- nothing is locked (VmLck), and nothing swapped on the whole host;
+- private anonymous memory has none of the VmFlags that KSM refuses but VM_DROPPABLE, whose pages
+  are not swap-backed (mm/rmap.c, folio_add_new_anon_rmap): kpageflags shows it of any page;
+- private mappings of files of ordinary file systems have none either;
+- shared mappings are refused in any case: by VM_SHARED, if the file is open for writing
+  (mm/mmap.c, do_mmap), else by VM_MAYSHARE.
+
+With a mapping of another kind, or many huge pages, it is smaps.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from dedup import _core
+from dedup.errors import NotPermitted
+from dedup.kernel import maps, meminfo, mounts, pagemap
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from dedup.kernel.ksm import ProcessCounters
+    from dedup.kernel.pagemap import Sight
+    from dedup.kernel.processes import Handle
+    from dedup.pages import I64, U64, Bool
+
+LEAST_BYTES: Final = 64 << 20
+"""Of less memory, smaps is made as fast as what stands here."""
+MOST_MAPPINGS: Final = 4096
+"""Of more, smaps is made faster for each than calls for each."""
+DENSE: Final = 0.8
+"""So much of the private anonymous mappings must be there: else their holes cost more."""
+ORDINARY: Final = frozenset({
+    "btrfs", "erofs", "ext2", "ext3", "ext4", "f2fs", "overlay", "squashfs", "tmpfs", "xfs",
+})  # fmt: skip
+"""File systems whose files are mapped without VmFlags of devices."""
+HUGE_MOST: Final = 1 / 8
+"""Of the private anonymous memory, in mappings with huge pages: those are read more slowly here."""
+KERNELS_OWN: Final = {
+    b"[vdso]": frozenset({"de"}),
+    b"[vvar]": frozenset({"io", "pf", "de"}),
+    b"[vvar_vclock]": frozenset({"io", "pf", "de"}),
+    b"[vsyscall]": frozenset[str](),
+}
+WITHOUT_PAGES: Final = frozenset({"[vvar]", "[vvar_vclock]", "[vsyscall]"})
+"""What lies there is no page of its own to smaps."""
+SHARED_MEMORY: Final = b"/dev/zero (deleted)"
+"""Shared anonymous memory: on a tmpfs that is mounted nowhere."""
+
+
+def of(
+    handle: Handle, counters: ProcessCounters | None, sight: Sight, *, countable: bool
+) -> list[maps.Mapping]:
+    """All mappings of a process, ascending by address.
+
+    Parameters
+    ----------
+    handle : Handle
+    counters : ProcessCounters or None
+        Of its ksm_stat.
+    sight : Sight
+    countable : bool
+        Whether the caller counts the pages of mappings whose sizes are not told here
+        (`Mapping.counted` False).
+
+    Raises
+    ------
+    ProcessGone, NotPermitted
+    Unsupported
+        The kernel shows no VmFlags.
+    """
+    if countable and _quiet(handle, counters) and sight.kpageflags and sight.pagemap_scan:
+        try:
+            found = _without_smaps(handle, sight)
+        except (OSError, NotPermitted):
+            found = None  # smaps, which is asked for next, tells what is wrong
+        if found is not None:
+            return found
+    return maps.read(handle)
+
+
+def _quiet(handle: Handle, counters: ProcessCounters | None) -> bool:
+    """Whether the process is worth it, and has nothing that only smaps tells by mapping."""
+    info = handle.info
+    return (
+        info.anonymous_bytes >= LEAST_BYTES
+        and info.locked_bytes == 0
+        and counters is not None
+        and counters.ksm_mergeable is False
+        and counters.ksm_merge_any is False
+        and counters.ksm_merging_pages == 0
+        and info.swapped_bytes == 0
+        and meminfo.swap_used_bytes() == 0
+    )
+
+
+def _without_smaps(handle: Handle, sight: Sight) -> list[maps.Mapping] | None:
+    """The mappings by /proc/PID/maps and pagemap; None where that does not tell enough."""
+    lines = handle.read("maps").splitlines()
+    if len(lines) > MOST_MAPPINGS:
+        return None
+    file_systems = mounts.file_systems(handle)
+    found: list[maps.Mapping] = []
+    plain: list[int] = []
+    """Indices of private anonymous mappings with access: their pages are counted later."""
+    bare: list[int] = []
+    """Those that might be droppable: private, anonymous and without a name of the kernel's."""
+    for line in lines:
+        where, perms, _, device, inode, name = line.split(b" ", 5)
+        name = name.lstrip(b" ")
+        first, _, last = where.partition(b"-")
+        anonymous = perms.endswith(b"p") and inode == b"0" and _is_anonymous(name)
+        if anonymous:
+            flags: frozenset[str] | None = frozenset()
+            bare.append(len(found))
+            if not perms.startswith(b"---"):
+                plain.append(len(found))
+        else:
+            flags = _flags(handle, where, perms, device, inode, name, file_systems)
+        if flags is None:
+            return None
+        found.append(maps.mapping(int(first, 16), int(last, 16), perms, name, flags))
+    sizes = sum(found[i].end - found[i].start for i in plain)
+    if sizes * DENSE > handle.info.anonymous_bytes:
+        return None
+    fd = handle.open("pagemap")
+    try:
+        huge = _huge_if_kept(fd, [found[i] for i in bare], sight)
+        if huge is None:
+            return None
+        with_huge = {i for i, has in zip(bare, huge, strict=True) if has}
+        if sum(found[i].end - found[i].start for i in with_huge) > HUGE_MOST * sizes:
+            return None
+        for i in plain:
+            m = found[i]
+            size = m.end - m.start
+            if i not in with_huge:
+                found[i] = m._replace(anonymous_bytes=size, resident_bytes=size, counted=False)
+        return _counted(fd, found)
+    finally:
+        os.close(fd)
+
+
+def _is_anonymous(name: bytes) -> bool:
+    return not name or name in {b"[heap]", b"[stack]"} or name.startswith(b"[anon:")
+
+
+def _flags(
+    handle: Handle, where: bytes, perms: bytes, device: bytes, inode: bytes, name: bytes,
+    file_systems: Mapping[tuple[int, int], str],
+) -> frozenset[str] | None:  # fmt: skip
+    """Those VmFlags of a mapping that KSM refuses; None where they can't be known."""
+    if inode == b"0":
+        return KERNELS_OWN.get(name)
+    major, _, minor = device.partition(b":")
+    ordinary = file_systems.get((int(major, 16), int(minor, 16))) in ORDINARY
+    if not perms.endswith(b"s"):
+        return frozenset() if ordinary else None
+    if not ordinary and name != SHARED_MEMORY:
+        return None
+    if not perms.startswith(b"rw") and not _opened_for_writing(handle, where):
+        return frozenset({"ms"})
+    return frozenset({"sh", "ms"})
+
+
+def _opened_for_writing(handle: Handle, where: bytes) -> bool:
+    """Whether the file of a mapping was opened so: the link has the rights of the open file."""
+    link = os.stat(b"map_files/" + where, dir_fd=handle.dir_fd, follow_symlinks=False)
+    return bool(link.st_mode & stat.S_IWUSR)
+
+
+def _huge_if_kept(fd: int, some: Sequence[maps.Mapping], sight: Sight) -> Bool | None:
+    """Which have a huge page mapped as one; None if one might be droppable.
+
+    A page whose memory its process has given back lazily (MADV_FREE) looks like a droppable one.
+    Of a mapping without pages nothing depends on it.
+    """
+    words, huge = _core.first_present(
+        fd,
+        np.array([m.start for m in some], np.uint64),
+        np.array([m.end for m in some], np.uint64),
+        sight.huge_bytes,
+        sight.page_size,
+    )
+    frames = (words & np.uint64(pagemap.PFN_MASK)).astype(np.int64)
+    kinds = pagemap.flags_of(np.sort(frames[frames != 0]))
+    return huge if np.all(kinds & np.uint64(pagemap.KPF_SWAPBACKED)) else None
+
+
+def _counted(fd: int, found: list[maps.Mapping]) -> list[maps.Mapping]:
+    """With the pages of mappings counted that nobody else counts."""
+    rows = np.concatenate(
+        [np.empty((0, 3), np.uint64)]
+        + [
+            pagemap.kinds_of_ranges(fd, found[first].start, found[last].end)
+            for first, last in _stretches(found)
+        ]
+    )
+    which = [i for i, m in enumerate(found) if m.counted and m.name not in WITHOUT_PAGES]
+    bounds = np.array([(found[i].start, found[i].end) for i in which], np.uint64).reshape(-1, 2)
+    own = (rows[:, 2] & np.uint64(_core.PAGE_IS_FILE)) == 0
+    huge = (rows[:, 2] & np.uint64(_core.PAGE_IS_HUGE)) != 0
+    sizes = [_inside(rows[some], bounds) for some in (own | True, own, own & huge)]
+    for i, resident, anonymous, as_one in zip(which, *sizes, strict=True):
+        found[i] = found[i]._replace(
+            anonymous_bytes=anonymous,
+            anon_huge_bytes=as_one,
+            resident_bytes=resident,
+            # Which of them are shared is not known: all may be, which only takes longer.
+            shared_bytes=anonymous if as_one else 0,
+        )
+    return found
+
+
+def _inside(ranges: U64, bounds: U64) -> list[int]:
+    """Bytes of some ranges, ascending and apart, within each pair of bounds."""
+    if not len(ranges):
+        return [0] * len(bounds)
+    start, end = ranges[:, 0].astype(np.int64), ranges[:, 1].astype(np.int64)
+    before = np.cumsum(end - start) - (end - start)
+
+    def below(address: I64) -> I64:
+        at = np.searchsorted(start, address, "right") - 1
+        inside = np.minimum(address, end[at]) - start[at]
+        return np.where(at < 0, 0, before[at] + inside)
+
+    low, high = bounds.astype(np.int64).T
+    return (below(high) - below(low)).tolist()  # type: ignore[no-any-return]
+
+
+def _stretches(found: Sequence[maps.Mapping]) -> Iterator[tuple[int, int]]:
+    """First and last index of mappings in a row that are counted here."""
+    first = None
+    for i, m in enumerate(found):
+        counted = m.counted and m.name not in WITHOUT_PAGES
+        if counted and first is None:
+            first = i
+        if not counted and first is not None:
+            yield first, i - 1
+            first = None
+    if first is not None:
+        yield first, len(found) - 1

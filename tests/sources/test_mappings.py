@@ -1,0 +1,234 @@
+"""The mappings known without smaps, against smaps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+from dedup.errors import DedupError
+from dedup.kernel import ksm, maps, pagemap, processes
+from dedup.model.eligibility import why_not
+from dedup.scanning import Plan, Scan, scan_pids
+from dedup.sources import mappings
+from dedup.sources.live import Options
+from tests.kernel_fixtures import PAGE, Target
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.root
+
+HUGE: Final = 2 << 20
+PAGES: Final = 6000
+"""Of the memory that makes it worth it."""
+PRIVATE, SHARED, DROPPABLE, ANONYMOUS = 2, 1, 8, 0x20
+
+
+@pytest.fixture(autouse=True)
+def little(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mappings, "LEAST_BYTES", PAGES * PAGE)
+
+
+@pytest.fixture
+def target() -> Iterator[Target]:
+    with Target() as found:
+        found.do("map", name="main", pages=PAGES)
+        found.do("fill", name="main", at=0, count=PAGES, what="unique")
+        yield found
+
+
+def without_smaps(pid: int) -> list[maps.Mapping] | None:
+    """What is known without smaps, None where smaps was asked."""
+    with processes.Handle(pid) as handle:
+        found = mappings.of(handle, ksm.process_counters(handle), pagemap.sight(), countable=True)
+    return None if all(m.counted for m in found) else found
+
+
+def by_smaps(pid: int) -> list[maps.Mapping]:
+    with processes.Handle(pid) as handle:
+        return maps.read(handle)
+
+
+def told(m: maps.Mapping) -> tuple[Any, ...]:
+    """What a scan goes by."""
+    return (
+        m.start, m.end, m.perms, m.name, why_not(m.vm_flags, m.name), "lo" in m.vm_flags,
+        "mg" in m.vm_flags, "ht" in m.vm_flags,
+    )  # fmt: skip
+
+
+def sizes(m: maps.Mapping) -> tuple[Any, ...]:
+    return m.anonymous_bytes, m.anon_huge_bytes, m.swap_bytes, m.resident_bytes, m.ksm_bytes
+
+
+def like_smaps(found: list[maps.Mapping], pid: int) -> None:
+    real = by_smaps(pid)
+    assert [told(m) for m in found] == [told(m) for m in real]
+    for m, r in zip(found, real, strict=True):
+        if m.counted:
+            assert sizes(m) == sizes(r), m
+            assert m.shared_bytes >= r.shared_bytes or not r.anon_huge_bytes, m
+        else:
+            assert r.anonymous_bytes == r.resident_bytes <= m.anonymous_bytes == m.end - m.start
+            assert (r.anon_huge_bytes, r.swap_bytes, r.ksm_bytes) == (0, 0, 0)
+
+
+def scanned(pid: int) -> Scan:
+    return scan_pids([pid], Plan(Options(seed=1), passes=1))
+
+
+def same_scan(pid: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scan says the same as one that goes by smaps."""
+    found = scanned(pid)
+    with monkeypatch.context() as m:
+        m.setattr(mappings, "LEAST_BYTES", 1 << 60)
+        real = scanned(pid)
+    assert found.prediction == real.prediction
+    flags = frozenset[str]()
+    assert [r._replace(vm_flags=flags) for r in found.pages.regions] == [
+        r._replace(vm_flags=flags) for r in real.pages.regions
+    ]
+
+
+def test_a_plain_process(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    target.do("fill", name="main", at=10, count=500, what="alike")
+    found = without_smaps(target.pid)
+    assert found is not None
+    like_smaps(found, target.pid)
+    same_scan(target.pid, monkeypatch)
+
+
+@pytest.mark.parametrize("file", ["", "memory"])
+def test_shared_memory_is_refused_for_the_same_reason(target: Target, file: str) -> None:
+    flags = SHARED if file else SHARED | ANONYMOUS
+    target.do("map", name="open", pages=20, flags=flags, file=file)
+    target.do("map", name="read", pages=20, flags=flags, file=file)
+    target.do("protect", name="read", how="r")
+    found = without_smaps(target.pid)
+    assert found is not None
+    like_smaps(found, target.pid)
+
+
+def test_pages_written_in_a_file_s_mapping(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    target.do("map", name="file", pages=40, flags=PRIVATE, file="some")
+    target.do("touch", name="file", at=0, count=20)
+    target.do("put", name="file", at=5, what=["one", "one", "two"])
+    found = without_smaps(target.pid)
+    assert found is not None
+    like_smaps(found, target.pid)
+    same_scan(target.pid, monkeypatch)
+
+
+def test_memory_without_access(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    target.do("map", name="closed", pages=300)
+    target.do("fill", name="closed", at=7, count=200, what="alike")
+    target.do("protect", name="closed", how="none")
+    found = without_smaps(target.pid)
+    assert found is not None
+    like_smaps(found, target.pid)
+    same_scan(target.pid, monkeypatch)
+
+
+def test_zero_pages_and_holes_are_not_counted(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target.do("map", name="holes", pages=600)
+    target.do("touch", name="holes", at=0, count=50)
+    target.do("fill", name="holes", at=40, count=400, what="zero")
+    found = without_smaps(target.pid)
+    assert found is not None
+    like_smaps(found, target.pid)
+    same_scan(target.pid, monkeypatch)
+
+
+def test_some_huge_pages_shared_with_a_child(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target.do("map", name="huge", pages=512, align=HUGE)
+    target.do("advise", name="huge", what="hugepage")
+    target.do("fill", name="huge", at=0, count=512, what="unique")
+    target.do("fork")
+    target.do("fill", name="huge", child=(0,), at=0, count=1, what="unique")
+    found = without_smaps(target.pid)
+    assert found is not None
+    assert sum(m.anon_huge_bytes for m in found) == HUGE
+    like_smaps(found, target.pid)
+    target.do("fill", name="main", at=0, count=300, what="alike")
+    same_scan(target.pid, monkeypatch)
+    assert sum(m.anon_huge_bytes for m in by_smaps(target.pid)) == HUGE, "the scan did no harm"
+
+
+def test_many_huge_pages_are_left_to_smaps(target: Target) -> None:
+    target.do("map", name="huge", pages=4096, align=HUGE)
+    target.do("advise", name="huge", what="hugepage")
+    target.do("fill", name="huge", at=0, count=4096, what="unique")
+    assert without_smaps(target.pid) is None
+
+
+def test_memory_full_of_holes_is_left_to_smaps(target: Target) -> None:
+    target.do("map", name="holes", pages=10 * PAGES)
+    assert without_smaps(target.pid) is None
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        {"flags": DROPPABLE | ANONYMOUS},
+        {"flags": PRIVATE, "file": "memfd"},
+        {"flags": SHARED, "file": "memfd"},
+    ],
+    ids=["droppable", "private memfd", "shared memfd"],
+)
+def test_what_only_smaps_tells(target: Target, what: dict[str, Any]) -> None:
+    target.do("map", name="other", pages=20, **what)
+    target.do("put", name="other", at=3, what=["one", "two"])
+    assert without_smaps(target.pid) is None
+
+
+@pytest.mark.parametrize("how", ["mergeable", "lock"])
+def test_marks_that_only_smaps_tells(target: Target, how: str) -> None:
+    target.do("map", name="marked", pages=20)
+    target.do("fill", name="marked", at=0, count=20, what="unique")
+    if how == "lock":
+        target.do("lock", name="marked", at=2, count=3)
+    else:
+        target.do("advise", name="marked", what=how)
+    assert without_smaps(target.pid) is None
+
+
+def test_memory_given_back_lazily(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    target.do("map", name="free", pages=300)
+    target.do("fill", name="free", at=0, count=300, what="alike")
+    target.do("advise", name="free", what="free")
+    found = without_smaps(target.pid)
+    if found is not None:  # else its pages look like droppable ones
+        like_smaps(found, target.pid)
+    same_scan(target.pid, monkeypatch)
+
+
+def test_not_where_nobody_counts(target: Target) -> None:
+    with processes.Handle(target.pid) as handle:
+        counters = ksm.process_counters(handle)
+        found = mappings.of(handle, counters, pagemap.sight(), countable=False)
+    assert found == by_smaps(target.pid)
+
+
+def test_every_process_of_this_host() -> None:
+    """Whatever runs here: what is known without smaps is what smaps says."""
+    checked = 0
+    for pid in processes.pids():
+        try:
+            with processes.Handle(pid) as handle:
+                if handle.info.kernel_thread:
+                    continue
+                counters = ksm.process_counters(handle)
+                before = maps.read(handle)
+                found = mappings.of(handle, counters, pagemap.sight(), countable=True)
+                after = maps.read(handle)
+        except DedupError:
+            continue  # it has ended, or nobody may read it
+        if before == after:
+            checked += 1
+            assert [told(m) for m in found] == [told(m) for m in after]
+    assert checked
