@@ -8,7 +8,7 @@ in Python. A page's bytes live in a thread's buffer for as long as it takes to h
 from libc.errno cimport EINTR, errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc, realloc
-from libc.string cimport memcmp, memset
+from libc.string cimport memset
 
 import ctypes
 import os
@@ -46,12 +46,28 @@ cdef extern from *:
     #define PR_GET_MEMORY_MERGE 68
     #endif
 
+    /* 32 words at a time, which compilers turn into vector instructions; aligned loads alone,
+     * other than those of memcmp(p, p + 8). */
+    static inline int dedup_repeats(const uint64_t *word, size_t words)
+    {
+        const uint64_t first = word[0];
+        for (size_t i = 0; i < words; i += 32) {
+            uint64_t differs = 0;
+            for (size_t k = 0; k < 32; k++)
+                differs |= word[i + k] ^ first;
+            if (differs)
+                return 0;
+        }
+        return 1;
+    }
+
     static inline int64_t dedup_fetch_add(int64_t *p, int64_t v)
     { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
     static inline int64_t dedup_load(int64_t *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
     static inline void dedup_store(int64_t *p, int64_t v)
     { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
     """
+    int dedup_repeats(const uint64_t *word, size_t words) noexcept nogil
     int64_t dedup_fetch_add(int64_t *p, int64_t v) noexcept nogil
     int64_t dedup_load(int64_t *p) noexcept nogil
     void dedup_store(int64_t *p, int64_t v) noexcept nogil

@@ -91,7 +91,7 @@ def hash_bytes(const uint8_t[::1] data not None, uint64_t seed):
 
 
 cdef inline int _is_constant(const uint8_t *page, size_t size) noexcept nogil:
-    """1 if the page repeats its first 8 bytes throughout."""
+    """1 if the page, of a multiple of 256 bytes, repeats its first 8 bytes throughout."""
     if (<const uint64_t *>page)[0] != (<const uint64_t *>page)[1]:
         return 0
-    return memcmp(page, page + 8, size - 8) == 0
+    return dedup_repeats(<const uint64_t *>page, size // 8)

@@ -62,6 +62,10 @@ cdef enum:
 
 cdef enum:
     UNIT_BYTES = 2 * 1024 * 1024   # what a thread takes at a time
+    # Pages land so far beyond a page's beginning. Were source and copy at the same offset, the
+    # kernel's copy would wait for stores to the same low 12 bits of an address (4K aliasing).
+    BUFFER_OFFSET = 1024
+    MAPPING_BYTES = 2 * UNIT_BYTES + BUFFER_OFFSET   # room to align a buffer in
     UNIT_RANGES = 512              # ranges in a unit, at the most
     MAX_IOV = 1024
     LOOK_AGAIN_STEP = 64
@@ -429,7 +433,8 @@ cdef class Job:
     cdef int64_t _look(self, Worker *w, int64_t u, int64_t target) noexcept nogil:
         """Pagemap of the unit; fills address, word, where_range; gives the candidates."""
         cdef int64_t left = self.units[u].pages, r = self.units[u].range, n = 0, count, i, got
-        cdef uint64_t at = <uint64_t>self.units[u].start, e, word, pfn
+        cdef uint64_t at = <uint64_t>self.units[u].start, e, word, pfn, of_block = 0
+        cdef int64_t block = -1
         cdef int64_t page_size = self.page_size
         cdef int fd = <int>self.pagemap_fds[target]
         cdef int range_flags, unasked = 0
@@ -464,7 +469,10 @@ cdef class Job:
                     if self._each_apart(range_flags):
                         unasked = 1
                     else:
-                        word |= self._flags_of_block(pfn)
+                        if <int64_t>pfn // self.huge_frames != block:
+                            block = <int64_t>pfn // self.huge_frames
+                            of_block = self._flags_of_block(pfn)
+                        word |= of_block
                 w.address[n] = at + <uint64_t>(i * page_size)
                 w.word[n] = word
                 w.where_range[n] = <int32_t>r
@@ -517,13 +525,11 @@ cdef class Job:
 
     cdef void _read(self, Worker *w, int64_t n, int64_t target) noexcept nogil:
         """Fill the buffer: page i of the candidates at offset i; UNREAD where it can't be."""
-        cdef int64_t i, j, k, start = -1, page_size = self.page_size, got, fast
+        cdef int64_t i = 0, j, k, start, page_size = self.page_size, got, fast, read = 0
         cdef int allowed = self.target_flags[target] & T_FAST and not self.no_fast[target]
         cdef int pid = <int>self.pids[target], mem = <int>self.mem_fds[target]
         # Until hashing, digest[i] says that page i has been read the fast way.
-        for i in range(n):
-            w.digest[i] = 0
-        i = 0
+        memset(w.digest, 0, n * sizeof(uint64_t))
         # The fast way, many runs a call, over exclusive pages that are no KSM page.
         while allowed and i < n:
             k = 0
@@ -533,10 +539,13 @@ cdef class Job:
                 if not self._may_read_fast(w, i):
                     i += 1
                     continue
-                j = i + 1
-                while (j < n and w.address[j] == w.address[j - 1] + <uint64_t>page_size
-                       and self._may_read_fast(w, j)):
+                j = i
+                while True:
+                    w.digest[j] = 1
                     j += 1
+                    if (j == n or w.address[j] != w.address[j - 1] + <uint64_t>page_size
+                            or not self._may_read_fast(w, j)):
+                        break
                 w.local[k].iov_base = w.buffer + i * page_size
                 w.local[k].iov_len = (j - i) * page_size
                 w.remote[k].iov_base = <void *><uintptr_t>w.address[i]
@@ -551,13 +560,20 @@ cdef class Job:
                 got = 0
             got //= page_size
             w.fast_pages += got
+            read += got
             if got < fast:
                 # A page that it may not read (PROT_NONE, a hole, a dead target): the rest of
                 # this unit goes the other way.
                 allowed = 0
-            self._mark_read(w, start, i, got)
-        # The harmless way for all others.
-        i = 0
+                self._keep_marks(w, start, i, got)
+        if read < n:
+            self._read_slowly(w, n, mem)
+        if read:
+            self._look_again(w, n, target)
+
+    cdef void _read_slowly(self, Worker *w, int64_t n, int mem) noexcept nogil:
+        """The harmless way for all that has not been read."""
+        cdef int64_t i = 0, j, page_size = self.page_size, got
         while i < n:
             if w.digest[i]:
                 i += 1
@@ -578,8 +594,6 @@ cdef class Job:
                     w.word[i] |= UNREAD
                     w.unread_pages += 1
                     i += 1
-        if start >= 0:
-            self._look_again(w, n, target)
 
     cdef inline int _may_read_fast(self, Worker *w, int64_t i) noexcept nogil:
         """The one rule: exclusive, known to be no KSM page."""
@@ -589,14 +603,12 @@ cdef class Job:
         return not (self.range_flags[w.where_range[i]] & R_KSM
                     and (word & HIDDEN or self.kpageflags_fd < 0))
 
-    cdef void _mark_read(self, Worker *w, int64_t start, int64_t end, int64_t got) noexcept nogil:
-        """Note in `digest` (free until hashing) the first `got` fast pages of [start, end)."""
+    cdef void _keep_marks(self, Worker *w, int64_t start, int64_t end, int64_t got) noexcept nogil:
+        """Of the marks in `digest` of [start, end), keep those of the `got` pages read."""
         cdef int64_t i
         for i in range(start, end):
-            if got == 0:
-                return
-            if self._may_read_fast(w, i):
-                w.digest[i] = 1
+            if w.digest[i]:
+                w.digest[i] = got > 0
                 got -= 1
 
     cdef void _look_again(self, Worker *w, int64_t n, int64_t target) noexcept nogil:
@@ -606,25 +618,24 @@ cdef class Job:
         a few pages tell whether there was one; only then each is looked at. The last page that was
         read tells it even when the child has ended meanwhile: what is read after a fork moves.
         """
-        cdef int64_t i, j, k, got, changed = 0, page_size = self.page_size, fast = 0, last = n - 1
+        cdef int64_t i = 0, j, k, got, changed = 0, page_size = self.page_size, last = n - 1
         cdef int fd = <int>self.pagemap_fds[target]
-        cdef int suspect = 0, step
+        cdef int suspect = 0
         cdef uint64_t e = 0
         while last >= 0 and not w.digest[last]:
             last -= 1
-        for i in range(last + 1):
-            if suspect:
-                break
-            if not w.digest[i]:
-                continue
-            # A huge page mapped as one has one mark for all: a few of its pages tell as much.
-            step = LOOK_AGAIN_STEP
-            if self.range_flags[w.where_range[i]] & R_HUGE:
-                step = LOOK_AGAIN_HUGE_STEP
-            if fast % step == 0 or i == last:
+        while i <= last and not suspect:
+            if w.digest[i]:
                 got = pread(fd, &e, 8, <int64_t>(w.address[i] // <uint64_t>page_size) * 8)
                 suspect = got == 8 and self._differs(w, i, e)
-            fast += 1
+                if i == last:
+                    break
+                # A huge page mapped as one has one mark for all: a few of its pages tell as much.
+                i += (LOOK_AGAIN_HUGE_STEP if self.range_flags[w.where_range[i]] & R_HUGE
+                      else LOOK_AGAIN_STEP)
+                i = min(i, last)
+            else:
+                i += 1
         if not suspect:
             return
         self.no_fast[target] = 1
@@ -822,12 +833,14 @@ cdef int64_t _pread_all(int fd, void *buf, int64_t size, int64_t offset) noexcep
 cdef int _worker_open(Worker *w, int page_size) noexcept nogil:
     """Buffers of a thread; the page buffer on a huge page, touched once."""
     cdef size_t pages = UNIT_BYTES // page_size
-    w.mapping = <uint8_t *>mmap(NULL, 2 * UNIT_BYTES, PROT_READ | PROT_WRITE,
+    cdef uint8_t *begin
+    w.mapping = <uint8_t *>mmap(NULL, MAPPING_BYTES, PROT_READ | PROT_WRITE,
                                 MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
     if w.mapping == <uint8_t *>MAP_FAILED:
         w.mapping = NULL
         return -1
-    w.buffer = w.mapping + (UNIT_BYTES - <uintptr_t>w.mapping % UNIT_BYTES) % UNIT_BYTES
+    begin = w.mapping + (UNIT_BYTES - <uintptr_t>w.mapping % UNIT_BYTES) % UNIT_BYTES
+    w.buffer = begin + BUFFER_OFFSET
     w.look = <uint64_t *>malloc(pages * 8)
     # Twice what a unit has: see _spare.
     w.address = <uint64_t *>malloc(2 * pages * 8)
@@ -839,15 +852,15 @@ cdef int _worker_open(Worker *w, int page_size) noexcept nogil:
     if (w.look == NULL or w.address == NULL or w.word == NULL or w.digest == NULL
             or w.where_range == NULL or w.local == NULL or w.remote == NULL):
         return -1
-    # Reading lands on one huge page: fewer TLB misses, one fault.
-    c_madvise(w.buffer, UNIT_BYTES, MADV_HUGEPAGE)
+    # Reading lands on one huge page but for the end: fewer TLB misses, one fault.
+    c_madvise(begin, UNIT_BYTES, MADV_HUGEPAGE)
     memset(w.buffer, 0, UNIT_BYTES)
     return 0
 
 
 cdef void _worker_close(Worker *w) noexcept nogil:
     if w.mapping != NULL:
-        munmap(w.mapping, 2 * UNIT_BYTES)
+        munmap(w.mapping, MAPPING_BYTES)
     free(w.look)
     free(w.address)
     free(w.word)

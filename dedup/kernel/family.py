@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Final
 
 from dedup import _core
 from dedup.errors import NoSuchProcess, NotPermitted, OutputFailed
-from dedup.kernel.processes import Handle, pids
+from dedup.kernel.processes import Handle, parents, pids
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 PROC: Final = Path("/proc")
+FEW: Final = 8
+"""Processes that are asked for their children one by one."""
 
 
 def adopt_orphans() -> None:
@@ -107,6 +109,27 @@ def descendants(root: int, proc: Path = PROC) -> list[int]:
         found += born
         todo += born
     return found
+
+
+class Parents:
+    """Which processes have a child now.
+
+    Parameters
+    ----------
+    asked : int
+        How many it will be asked about: of few, each is asked for its children; of more, every
+        process of the host is asked once for its parent.
+    """
+
+    def __init__(self, asked: int, proc: Path = PROC) -> None:
+        self._proc = proc
+        few = asked <= FEW and _lists_children(proc)
+        self._all = None if few else parents(proc)
+
+    def __contains__(self, pid: int) -> bool:
+        if self._all is not None:
+            return pid in self._all
+        return bool(_children(pid, self._proc))
 
 
 def _lists_children(proc: Path) -> bool:

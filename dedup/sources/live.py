@@ -21,8 +21,8 @@ from dedup.errors import (
     OutputFailed,
     ProcessGone,
 )
+from dedup.kernel import family, maps, memory, numa, pagemap, processes
 from dedup.kernel import ksm as ksm_interface
-from dedup.kernel import maps, memory, numa, pagemap, processes
 from dedup.model import guests
 from dedup.model.eligibility import why_not
 from dedup.pages import FRAME_MASK, Flag, Pages, Process, Region, Skipped
@@ -242,7 +242,7 @@ class LiveSource:
         if not pids:
             return
         at = 0
-        parents = processes.parents() if not self.spans else set()
+        parents = family.Parents(0 if self.spans else len(pids))
         merging = ksm_interface.Ksm().running
         while at < len(pids):
             handles: list[Handle] = []
@@ -282,7 +282,7 @@ class LiveSource:
         return processes.joins(handle.pid, self._memories.setdefault(info.program, []))
 
     def _batch(
-        self, handles: Sequence[Handle], parents: set[int], *, merging: bool, first: bool
+        self, handles: Sequence[Handle], parents: family.Parents, *, merging: bool, first: bool
     ) -> None:
         targets: list[memory.Target] = []
         anonymous = 0
@@ -336,7 +336,7 @@ class LiveSource:
         self._runs.append((found.start, found.count, found.first, found.region))
 
     def _target(
-        self, handle: Handle, parents: set[int], *, merging: bool, first: bool
+        self, handle: Handle, parents: family.Parents, *, merging: bool, first: bool
     ) -> tuple[memory.Target, int]:
         """The ranges of a process to read, and how many pages to expect."""
         pages = self.pages

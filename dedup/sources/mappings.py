@@ -39,6 +39,8 @@ LEAST_BYTES: Final = 64 << 20
 """Of less memory, smaps is made as fast as what stands here."""
 MOST_MAPPINGS: Final = 4096
 """Of more, smaps is made faster for each than calls for each."""
+SMALL_BYTES: Final = 256 << 10
+"""A mapping of less is counted together with its neighbours."""
 DENSE: Final = 0.8
 """So much of the private anonymous mappings must be there: else their holes cost more."""
 ORDINARY: Final = frozenset({
@@ -131,11 +133,15 @@ def _without_smaps(handle: Handle, sight: Sight) -> list[maps.Mapping] | None:
         if flags is None:
             return None
         found.append(maps.mapping(int(first, 16), int(last, 16), perms, name, flags))
+    plain = [i for i in plain if found[i].end - found[i].start >= SMALL_BYTES]
     sizes = sum(found[i].end - found[i].start for i in plain)
-    if sizes * DENSE > handle.info.anonymous_bytes:
+    if not plain or sizes * DENSE > handle.info.anonymous_bytes:
         return None
     fd = handle.open("pagemap")
     try:
+        largest = max((found[i] for i in plain), key=lambda m: m.end - m.start)
+        if _begins_huge(fd, largest, sight):
+            return None  # at once: most of it will be
         huge = _huge_if_kept(fd, [found[i] for i in bare], sight)
         if huge is None:
             return None
@@ -178,6 +184,15 @@ def _opened_for_writing(handle: Handle, where: bytes) -> bool:
     """Whether the file of a mapping was opened so: the link has the rights of the open file."""
     link = os.stat(b"map_files/" + where, dir_fd=handle.dir_fd, follow_symlinks=False)
     return bool(link.st_mode & stat.S_IWUSR)
+
+
+def _begins_huge(fd: int, m: maps.Mapping, sight: Sight) -> bool:
+    """Whether the first huge page's worth of a mapping, at a multiple of it, is mapped as one."""
+    if not sight.huge_bytes:
+        return False
+    start = -(-m.start // sight.huge_bytes) * sight.huge_bytes
+    end = start + sight.page_size
+    return end <= m.end and bool(np.any(pagemap.present_ranges(fd, start, end)[:, 2]))
 
 
 def _huge_if_kept(fd: int, some: Sequence[maps.Mapping], sight: Sight) -> Bool | None:
