@@ -16,6 +16,8 @@ RANGE_LOCKED: Final[int]
 RANGE_SHARED: Final[int]
 COUNTS: Final[tuple[str, ...]]
 TARGET_FAST: Final[int]
+ONCE_SHARED: Final[int]
+ONCE_KSM: Final[int]
 TARGET_IN_PLACE: Final[int]
 PAGE_IS_WPALLOWED: Final[int]
 PAGE_IS_WRITTEN: Final[int]
@@ -72,6 +74,7 @@ class Job:
         prior: tuple[I64, I64, I64, I64] | None = None,
         below: int = 0,
         only: Bool | None = None,
+        once: int = 0,
     ) -> None: ...
     @property
     def page_size(self) -> int: ...
@@ -89,6 +92,8 @@ class Job:
     def changed_pages(self) -> int: ...
     @property
     def unread_pages(self) -> int: ...
+    @property
+    def known_pages(self) -> int: ...
     @property
     def bytes(self) -> int: ...
     def counts(self) -> I64: ...

@@ -6,8 +6,8 @@ in Python. A page's bytes live in a thread's buffer for as long as it takes to h
 """
 
 from libc.errno cimport EINTR, errno
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
-from libc.stdlib cimport free, malloc, realloc
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memset
 
 import ctypes
@@ -66,10 +66,21 @@ cdef extern from *:
     static inline int64_t dedup_load(int64_t *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
     static inline void dedup_store(int64_t *p, int64_t v)
     { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
+    static inline uint32_t dedup_load32(uint32_t *p)
+    { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+    /* Sets a slot that is 0; gives what it held before. */
+    static inline uint32_t dedup_take32(uint32_t *p, uint32_t v)
+    {
+        uint32_t held = 0;
+        __atomic_compare_exchange_n(p, &held, v, 0, __ATOMIC_RELEASE, __ATOMIC_ACQUIRE);
+        return held;
+    }
     """
     int dedup_repeats(const uint64_t *word, size_t words) noexcept nogil
     int64_t dedup_fetch_add(int64_t *p, int64_t v) noexcept nogil
     int64_t dedup_load(int64_t *p) noexcept nogil
+    uint32_t dedup_load32(uint32_t *p) noexcept nogil
+    uint32_t dedup_take32(uint32_t *p, uint32_t v) noexcept nogil
     void dedup_store(int64_t *p, int64_t v) noexcept nogil
 
     cdef struct dedup_page_region:
@@ -133,12 +144,14 @@ cdef extern from "<sys/mman.h>" nogil:
     int PROT_WRITE
     int MAP_PRIVATE
     int MAP_ANONYMOUS
+    int MAP_NORESERVE
     int MADV_DONTNEED
     int MADV_HUGEPAGE
     int getpagesize() noexcept nogil
     void *MAP_FAILED
 
 include "hash.pxi"
+include "once.pxi"
 include "scan.pxi"
 include "group.pxi"
 include "file.pxi"

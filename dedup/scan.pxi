@@ -45,6 +45,13 @@ cdef enum:
     T_FAST = 1
     T_IN_PLACE = 2
 
+# What frames a Job reads once, however many mappings they have.
+ONCE_SHARED = 1      # what pagemap does not call exclusive, KSM pages apart
+ONCE_KSM = 2         # KSM pages: only while ksmd rests, which else might use a frame anew
+cdef enum:
+    O_SHARED = 1
+    O_KSM = 2
+
 # pagemap (Documentation/admin-guide/mm/pagemap.rst)
 cdef uint64_t PM_PRESENT = <uint64_t>1 << 63
 cdef uint64_t PM_FILE = <uint64_t>1 << 61
@@ -70,6 +77,7 @@ cdef enum:
     MAX_IOV = 1024
     LOOK_AGAIN_STEP = 64
     LOOK_AGAIN_HUGE_STEP = 256
+    NEARBY_SLOTS = 2048            # more than twice the pages of a unit
 
 
 cdef struct Unit:
@@ -93,6 +101,9 @@ cdef struct Worker:
     uint64_t *word         # its frame word
     uint64_t *digest
     int32_t *where_range  # its range
+    # Of a page with the same frame: one more than its place; below 0, than its number here; or 0.
+    int64_t *known
+    uint16_t *nearby      # a table of frames of the unit: one more than a candidate's number
     iovec *local
     iovec *remote
     Run *runs
@@ -102,6 +113,7 @@ cdef struct Worker:
     int64_t slow_pages
     int64_t changed_pages
     int64_t unread_pages
+    int64_t known_pages
     int64_t bytes
     int64_t seen[4]   # COUNTS of the unit
 
@@ -144,6 +156,8 @@ cdef class Job:
         For a later look, which pages of the first one to read, by their place in `hashes`; None
         reads everything. Of the others it is only noted whether they are there, and new pages are
         kept unread, with 0 for a hash.
+    once : int
+        `ONCE_*`: which frames are read for one of their mappings alone.
     """
 
     cdef:
@@ -176,19 +190,23 @@ cdef class Job:
         int64_t[:, ::1] counted
         const uint8_t[::1] only
         int partial
-        readonly int64_t fast_pages, slow_pages, changed_pages, unread_pages, bytes
+        int once
+        Frames by_frame
+        readonly int64_t fast_pages, slow_pages, changed_pages, unread_pages, known_pages, bytes
 
     def __cinit__(self, *args, **kwargs):
         self.units = NULL
+        self.by_frame.slots = NULL
 
     def __dealloc__(self):
         free(self.units)
+        _frames_close(&self.by_frame)
 
     def __init__(self, int page_size, uint64_t seed, pids, mem_fds, pagemap_fds, target_flags,
                  range_start, range_end, range_target, range_flags, hashes, frames,
                  int64_t used, int64_t zero_frame, int kpageflags_fd, int64_t huge_bytes,
                  bint every_folio,
-                 prior=None, uint64_t below=0, only=None):
+                 prior=None, uint64_t below=0, only=None, int once=0):
         if _hash_page == NULL:
             raise RuntimeError("no hash is loaded: call load_hash first")
         self.page_size = page_size
@@ -224,6 +242,16 @@ cdef class Job:
         self.partial = only is not None
         self.only = np.zeros(0, np.uint8) if only is None else only.view(np.uint8)
         self._cut_units()
+        self.once = once
+        if once and _frames_open(&self.by_frame, self._pages_most()) < 0:
+            raise MemoryError("no memory to find frames in")
+
+    def _pages_most(self):
+        """Pages of address space in all units."""
+        cdef int64_t i, total = 0
+        for i in range(self.n_units):
+            total += self.units[i].pages
+        return total
 
     def _cut_units(self):
         """Cut the ranges into units of at most UNIT_BYTES and UNIT_RANGES, within a target."""
@@ -351,6 +379,7 @@ cdef class Job:
         dedup_fetch_add(&self.slow_pages, w.slow_pages)
         dedup_fetch_add(&self.changed_pages, w.changed_pages)
         dedup_fetch_add(&self.unread_pages, w.unread_pages)
+        dedup_fetch_add(&self.known_pages, w.known_pages)
         dedup_fetch_add(&self.bytes, w.bytes)
 
     cdef int _loop(self, Worker *w) noexcept nogil:
@@ -368,7 +397,7 @@ cdef class Job:
 
     cdef int _unit(self, Worker *w, int64_t u) noexcept nogil:
         """One unit: 0 done or left for another run, -1 without memory."""
-        cdef int64_t n, i, unread, target = self.range_target[self.units[u].range]
+        cdef int64_t n, i, unread, known, target = self.range_target[self.units[u].range]
         cdef int64_t page_size = self.page_size
         cdef int flags = <int>self.target_flags[target], rc
         cdef uint8_t *page
@@ -384,9 +413,13 @@ cdef class Job:
             if rc:
                 return rc if rc < 0 else 0
         if n > 0:
+            known = self._recall(w, n) if self.once else 0
             if not flags & T_IN_PLACE:
-                self._read(w, n, target)
+                self._read(w, n, target, known)
             for i in range(n):
+                if known and w.known[i]:
+                    self._take_over(w, i)
+                    continue
                 if w.word[i] & UNREAD:
                     w.digest[i] = 0
                     continue
@@ -401,7 +434,7 @@ cdef class Job:
                         w.digest[i] = self.zero_hash
                         continue
                 w.digest[i] = _hash_page(page, page_size, self.secret, 192)
-            w.bytes += n * page_size
+            w.bytes += (n - known) * page_size
             if self.second:
                 n = self._compare(w, n, target)
             rc = self._keep(w, 0, n)
@@ -428,7 +461,58 @@ cdef class Job:
         for i in range(n):
             self.hashes[first + i] = w.digest[at + i]
             self.frames[first + i] = w.word[at + i]
+        if self.once:
+            for i in range(n):
+                self._keep_frame(first + i)
         return self._note_runs(w, at, at + n, first)
+
+    cdef inline int _is_once(self, uint64_t word) noexcept nogil:
+        """Whether the frame of a page is to be read once."""
+        if word & (HIDDEN | UNREAD):
+            return 0
+        if word & KSM:
+            return self.once & O_KSM
+        return self.once & O_SHARED and not word & EXCLUSIVE
+
+    cdef inline void _keep_frame(self, int64_t place) noexcept nogil:
+        """Find the frame of a page that is stored from here on."""
+        if self._is_once(self.frames[place]):
+            _frames_add(&self.by_frame, self.frames[place] & FRAME_MASK, place, &self.frames[0])
+
+    cdef int64_t _recall(self, Worker *w, int64_t n) noexcept nogil:
+        """Note which candidates have a frame that was read already; gives their number."""
+        cdef int64_t i, found = 0, at
+        cdef uint64_t pfn
+        memset(w.nearby, 0, NEARBY_SLOTS * sizeof(uint16_t))
+        for i in range(n):
+            w.known[i] = 0
+            if not self._is_once(w.word[i]):
+                continue
+            pfn = w.word[i] & FRAME_MASK
+            w.known[i] = 1 + _frames_find(&self.by_frame, pfn, &self.frames[0])
+            if not w.known[i]:
+                at = <int64_t>(_mix64(pfn) & (NEARBY_SLOTS - 1))
+                while w.nearby[at] and w.word[w.nearby[at] - 1] & FRAME_MASK != pfn:
+                    at = (at + 1) & (NEARBY_SLOTS - 1)
+                if w.nearby[at]:
+                    w.known[i] = -<int64_t>w.nearby[at]
+                else:
+                    w.nearby[at] = <uint16_t>(i + 1)
+            found += w.known[i] != 0
+        w.known_pages += found
+        return found
+
+    cdef inline void _take_over(self, Worker *w, int64_t i) noexcept nogil:
+        """What was found in another mapping of a candidate's frame."""
+        cdef int64_t other = w.known[i] - 1
+        if other >= 0:
+            w.digest[i] = self.hashes[other]
+            w.word[i] |= self.frames[other] & (ZERO | CONSTANT)
+            return
+        other = -w.known[i] - 1
+        w.digest[i] = w.digest[other]
+        w.word[i] |= w.word[other] & (ZERO | CONSTANT | UNREAD)
+        w.unread_pages += (w.word[i] & UNREAD) != 0
 
     cdef int64_t _look(self, Worker *w, int64_t u, int64_t target) noexcept nogil:
         """Pagemap of the unit; fills address, word, where_range; gives the candidates."""
@@ -491,7 +575,7 @@ cdef class Job:
 
     cdef void _ask_each(self, Worker *w, int64_t n) noexcept nogil:
         """KSM and THP of each such page, frames in a row by one call."""
-        cdef int64_t i = 0, j, k, got
+        cdef int64_t i = 0, j, k, got, place
         cdef uint64_t pfn
         while i < n:
             if w.word[i] & HIDDEN or not self._each_apart(
@@ -499,6 +583,12 @@ cdef class Job:
                 i += 1
                 continue
             pfn = w.word[i] & FRAME_MASK
+            if self.once & O_KSM:
+                place = _frames_find(&self.by_frame, pfn, &self.frames[0])
+                if place >= 0:
+                    w.word[i] |= self.frames[place] & (KSM | THP)
+                    i += 1
+                    continue
             j = i + 1
             while (j < n and not w.word[j] & HIDDEN
                    and w.word[j] & FRAME_MASK == pfn + <uint64_t>(j - i)
@@ -523,7 +613,7 @@ cdef class Job:
             self.block_state[block] = 2 if word & THP else 1
         return word
 
-    cdef void _read(self, Worker *w, int64_t n, int64_t target) noexcept nogil:
+    cdef void _read(self, Worker *w, int64_t n, int64_t target, int64_t known) noexcept nogil:
         """Fill the buffer: page i of the candidates at offset i; UNREAD where it can't be."""
         cdef int64_t i = 0, j, k, start, page_size = self.page_size, got, fast, read = 0
         cdef int allowed = self.target_flags[target] & T_FAST and not self.no_fast[target]
@@ -566,7 +656,7 @@ cdef class Job:
                 # this unit goes the other way.
                 allowed = 0
                 self._keep_marks(w, start, i, got)
-        if read < n:
+        if read + known < n:
             self._read_slowly(w, n, mem)
         if read:
             self._look_again(w, n, target)
@@ -575,11 +665,11 @@ cdef class Job:
         """The harmless way for all that has not been read."""
         cdef int64_t i = 0, j, page_size = self.page_size, got
         while i < n:
-            if w.digest[i]:
+            if w.digest[i] or w.known[i]:
                 i += 1
                 continue
             j = i + 1
-            while (j < n and not w.digest[j]
+            while (j < n and not w.digest[j] and not w.known[j]
                    and w.address[j] == w.address[j - 1] + <uint64_t>page_size):
                 j += 1
             while i < j:
@@ -598,7 +688,7 @@ cdef class Job:
     cdef inline int _may_read_fast(self, Worker *w, int64_t i) noexcept nogil:
         """The one rule: exclusive, known to be no KSM page."""
         cdef uint64_t word = w.word[i]
-        if not word & EXCLUSIVE or word & KSM:
+        if not word & EXCLUSIVE or word & KSM or w.known[i]:
             return 0
         return not (self.range_flags[w.where_range[i]] & R_KSM
                     and (word & HIDDEN or self.kpageflags_fd < 0))
@@ -685,6 +775,8 @@ cdef class Job:
                     word |= VOLATILE
                 self.hashes[at] = w.digest[i]
                 self.frames[at] = word
+                if self.once:
+                    self._keep_frame(at)
             else:
                 w.address[kept] = a
                 w.digest[kept] = w.digest[i]
@@ -847,10 +939,13 @@ cdef int _worker_open(Worker *w, int page_size) noexcept nogil:
     w.word = <uint64_t *>malloc(2 * pages * 8)
     w.digest = <uint64_t *>malloc(2 * pages * 8)
     w.where_range = <int32_t *>malloc(2 * pages * 4)
+    w.known = <int64_t *>calloc(pages, sizeof(int64_t))
+    w.nearby = <uint16_t *>malloc(NEARBY_SLOTS * sizeof(uint16_t))
     w.local = <iovec *>malloc(MAX_IOV * sizeof(iovec))
     w.remote = <iovec *>malloc(MAX_IOV * sizeof(iovec))
     if (w.look == NULL or w.address == NULL or w.word == NULL or w.digest == NULL
-            or w.where_range == NULL or w.local == NULL or w.remote == NULL):
+            or w.where_range == NULL or w.known == NULL or w.nearby == NULL
+            or w.local == NULL or w.remote == NULL):
         return -1
     # Reading lands on one huge page but for the end: fewer TLB misses, one fault.
     c_madvise(begin, UNIT_BYTES, MADV_HUGEPAGE)
@@ -866,6 +961,8 @@ cdef void _worker_close(Worker *w) noexcept nogil:
     free(w.word)
     free(w.digest)
     free(w.where_range)
+    free(w.known)
+    free(w.nearby)
     free(w.local)
     free(w.remote)
     free(w.runs)

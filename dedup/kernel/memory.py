@@ -181,6 +181,8 @@ class Tally:
     process_vm_readv_pages: int = 0
     proc_mem_pages: int = 0
     in_place_pages: int = 0
+    same_frame_pages: int = 0
+    """Not read: their frame had been read already, through another mapping of it."""
     unread_pages: int = 0
     sharing_lost_pages: int | None = 0
     """Pages that were exclusive before a fast read and on another frame after it: at the most so
@@ -215,6 +217,8 @@ def look(
     progress: Callable[[int, int], None] | None = None,
     rate: float | None = None,
     only: Bool | None = None,
+    *,
+    ksmd_rests: bool = False,
 ) -> Look:
     """Read, test and hash the present anonymous pages of some targets.
 
@@ -224,6 +228,9 @@ def look(
     (where frames are hidden, each mapping for itself), and a later look reads what the first
     has read. With `only`, which goes by the places in the store, a later look reads these pages
     alone; of the others it notes whether they are there, and new ones have no hash.
+
+    A frame that several of the targets share since a fork is read once, and so is a KSM page where
+    `ksmd_rests`: a running ksmd might make another page of a frame meanwhile.
 
     Raises
     ------
@@ -274,6 +281,7 @@ def look(
             None if prior is None else _prior_arrays(prior, len(targets)),
             0 if rate is None else max(1, int(rate * (1 << 64))),
             only,
+            _once(targets, sight, ksmd_rests=ksmd_rests),
         )
         total = sum(int((t.ranges.end - t.ranges.start).sum()) for t in targets) // sight.page_size
         while True:
@@ -287,6 +295,7 @@ def look(
         tally.process_vm_readv_pages += job.fast_pages
         tally.proc_mem_pages += job.slow_pages
         tally.unread_pages += job.unread_pages
+        tally.same_frame_pages += job.known_pages
         tally.bytes_read += job.bytes
         if in_place:
             tally.in_place_pages += job.bytes // sight.page_size
@@ -305,6 +314,15 @@ def look(
             [int(i) for i in job.dead_targets()],
             job.counts(),
         )
+
+
+def _once(targets: Sequence[Target], sight: Sight, *, ksmd_rests: bool) -> int:
+    """Which frames are read once (`_core.ONCE_*`)."""
+    if not sight.frames or any(t.in_place for t in targets):
+        return 0
+    ksm = ksmd_rests and sight.kpageflags
+    ksm = ksm and any(np.any(t.ranges.flags & _core.RANGE_KSM) for t in targets)
+    return (_core.ONCE_SHARED if len(targets) > 1 else 0) | (_core.ONCE_KSM if ksm else 0)
 
 
 LOOKS: Final = {

@@ -205,6 +205,7 @@ def _reader(tally: Tally, *, pagemap_scan: bool) -> dict[str, Any]:
         "pagemap_scan": pagemap_scan,
         "process_vm_readv_pages": tally.process_vm_readv_pages,
         "proc_mem_pages": tally.proc_mem_pages,
+        "same_frame_pages": tally.same_frame_pages,
         "in_place_pages": tally.in_place_pages,
         "unread_pages": tally.unread_pages,
         "sharing_lost_pages": tally.sharing_lost_pages,

@@ -295,12 +295,14 @@ class LiveSource:
                     continue
                 targets.append(target)
                 anonymous += room
-            self._look(targets, anonymous, first=first)
+            self._look(targets, anonymous, merging=merging, first=first)
         finally:
             for target in targets:
                 target.close()
 
-    def _look(self, targets: Sequence[memory.Target], anonymous: int, *, first: bool) -> None:
+    def _look(
+        self, targets: Sequence[memory.Target], anonymous: int, *, merging: bool, first: bool
+    ) -> None:
         """Look at opened targets, with so many pages to expect."""
         pages = self.pages
         assert pages is not None
@@ -324,6 +326,7 @@ class LiveSource:
             None if progress is None else lambda done, total: progress("pages", done, total),
             self.options.sample,
             self._only,
+            ksmd_rests=not merging,
         )
         for i, target in enumerate(targets):
             self.counts[self._index[target.handle.pid]] = found.counts[i]
