@@ -161,6 +161,7 @@ def exclusive(
         if python:
             part = size // SHA1_PART // peers.PYTHON_READ * peers.PYTHON_READ
             contenders["xxhash"] = partial(_timed, partial(peers.plain_python, pid, start, size))
+            contenders["written"] = partial(_timed, partial(peers.as_written, pid, start, size))
             contenders["sha1"] = partial(_timed, lambda: peers.sha1(pid, start, part) * size / part)
             contenders["dd"] = partial(_timed, partial(peers.dd, pid, start, size))
         taken = interleaved(contenders, rounds)
@@ -172,6 +173,7 @@ def exclusive(
         if python:
             named |= {
                 "xxhash": "plain Python, xxhash",
+                "written": "plain Python as first written",
                 "sha1": "plain Python, sha1",
                 "dd": "dd bs=1M",
             }
