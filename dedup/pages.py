@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     U64 = NDArray[np.uint64]
     I64 = NDArray[np.int64]
+    U32 = NDArray[np.uint32]
+    Index = U32 | I64
     Bool = NDArray[np.bool_]
 
 FRAME_MASK: Final = np.uint64((1 << 48) - 1)
@@ -210,7 +212,7 @@ class Pages:
         """Pages there at the last look and readable, shape (n,)."""
         return np.asarray((self.frames & (Flag.GONE | Flag.UNREAD)) == 0)
 
-    def region_of(self, index: I64) -> I64:
+    def region_of(self, index: Index) -> I64:
         """Region of each page in `index`."""
         order = np.argsort(self.run_first, kind="stable")
         run = np.searchsorted(self.run_first[order], index, side="right") - 1
@@ -220,14 +222,14 @@ class Pages:
         """Process of each region."""
         return np.array([r.process for r in self.regions], dtype=np.int64)
 
-    def address_of(self, index: I64) -> I64:
+    def address_of(self, index: Index) -> I64:
         """Virtual address of each page in `index`."""
         order = np.argsort(self.run_first, kind="stable")
         run = order[np.searchsorted(self.run_first[order], index, side="right") - 1]
         offset = (index - self.run_first[run]) * self.page_size
         return np.asarray(self.run_start[run] + offset, dtype=np.int64)
 
-    def scan_order(self, index: I64) -> I64:
+    def scan_order(self, index: Index) -> I64:
         """Rank of each page in `index` as ksmd would come by: process, then address.
 
         Between processes the order is that of `processes`; ksmd's own is the order in which they
@@ -270,7 +272,7 @@ class Groups:
     pages that took part, so ``considered - len(order)`` contents are there once.
     """
 
-    order: I64
+    order: U32
     offsets: I64
     considered: int
     census: Census

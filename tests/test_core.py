@@ -96,26 +96,26 @@ def test_flags_are_the_same_on_both_sides() -> None:
 @given(
     st.lists(st.integers(0, 2**64 - 1) | st.sampled_from([0, 1, 2**63, 2**64 - 1]), max_size=300),
     st.data(),
-    st.integers(0, 3),
+    st.integers(1, 4),
 )
-def test_grouping_equals_unique(values: list[int], data: st.DataObject, bits: int) -> None:
+def test_grouping_equals_unique(values: list[int], data: st.DataObject, threads: int) -> None:
     hashes = np.array(values, np.uint64)
     skip = int(Flag.GONE)
     drawn = data.draw(st.lists(st.booleans(), min_size=len(values), max_size=len(values)))
     gone = np.array(drawn, bool)
     frames = np.where(gone, Flag.GONE, np.uint64(5)).astype(np.uint64)
-    parts = [_core.group(hashes, frames, skip, bits, which) for which in range(1 << bits)]
-    assert sum(p[2] for p in parts) == int((~gone).sum())
+    nothing = np.zeros(0, np.int64)
+    order, offsets, considered, census = _core.group(
+        hashes, frames, skip, nothing, nothing, nothing, threads
+    )
+    assert considered == int((~gone).sum())
+    assert len(census) == 0
     kept = np.flatnonzero(~gone)
     unique, inverse, counts = np.unique(hashes[kept], return_inverse=True, return_counts=True)
     expected = sorted(
         kept[np.flatnonzero(inverse == g)].tolist() for g in np.flatnonzero(counts >= 2)
     )
-    found = sorted(
-        order[offsets[g] : offsets[g + 1]].tolist()
-        for order, offsets, _ in parts
-        for g in range(len(offsets) - 1)
-    )
+    found = sorted(order[offsets[g] : offsets[g + 1]].tolist() for g in range(len(offsets) - 1))
     assert found == expected
     marked = np.flatnonzero((frames & Flag.DUPLICATE) != 0).tolist()
     assert marked == sorted(i for g in expected for i in g)
@@ -130,38 +130,46 @@ def test_grouping_equals_unique(values: list[int], data: st.DataObject, bits: in
             st.lists(st.sampled_from([0, *FLAG_SETS]), max_size=40),
         ),
         max_size=12,
-    )
+    ),
+    st.integers(1, 3),
+    st.booleans(),
 )
-def test_census_counts_each_page_once(runs: list[tuple[int, list[int]]]) -> None:
+def test_census_counts_each_page_once(
+    runs: list[tuple[int, list[int]]], threads: int, between: bool
+) -> None:
     """By process and flags, whatever the frame numbers, and pages of no run left out."""
     expected: Counter[tuple[int, int]] = Counter()
-    frames, first = [7], []
+    frames, first = [7] * between, []
     for process, words in runs:
         first.append(len(frames))
-        frames += [w | (i + 1) for i, w in enumerate(words)] + [int(Flag.GONE)]
-        expected.update((process, w & ~int(Flag.SEEN)) for w in words)
+        frames += [w | (i + 1) for i, w in enumerate(words)] + [int(Flag.GONE)] * between
+        expected.update((process, w & ~int(Flag.SEEN | Flag.DUPLICATE)) for w in words)
     count = [len(words) for _, words in runs]
-    found: Counter[tuple[int, int]] = Counter()
-    whose, flags, pages = _core.census(
+    *_, census = _core.group(
+        np.arange(len(frames), dtype=np.uint64),
         np.array(frames, np.uint64),
+        0,
         np.array(first, np.int64),
         np.array(count, np.int64),
         np.array([p for p, _ in runs], np.int64),
+        threads,
     )
-    for p, f, n in zip(whose.tolist(), flags.tolist(), pages.tolist(), strict=True):
+    found: Counter[tuple[int, int]] = Counter()
+    for p, f, n in census.tolist():
+        assert n > 0
         found[p, f] += n
     assert found == expected
 
 
 def test_census_refuses_a_run_beyond_the_pages() -> None:
-    one = np.ones(1, np.int64)
+    one, pages = np.ones(1, np.int64), np.zeros(1, np.uint64)
     with pytest.raises(ValueError, match="beyond the pages"):
-        _core.census(np.zeros(1, np.uint64), one, one, one)
+        _core.group(pages, pages.copy(), 0, one, one, one)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_grouping_of_many_pages(threads: int) -> None:
-    """In slices and threads: as unique has it."""
+    """In threads: as unique has it."""
     rng = np.random.default_rng(1)
     n = 2_000_000
     hashes = rng.integers(0, 2**63, n, dtype=np.uint64) * np.uint64(2)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from dedup import grouping
-from dedup.pages import Flag, Pages
+from dedup.pages import Flag, Pages, Region
 
 
 def pages_of(hashes: np.ndarray, frames: np.ndarray | None = None) -> Pages:
@@ -39,7 +41,7 @@ def check(pages: Pages, threads: int) -> None:
     # Ascending within a group, and marked; no other flag is touched.
     inside = np.ones(len(groups.order), bool)
     inside[groups.offsets[:-1]] = False
-    assert (np.diff(groups.order, prepend=0)[inside] > 0).all()
+    assert (np.diff(groups.order.astype(np.int64), prepend=0)[inside] > 0).all()
     marked = np.zeros(len(before), bool)
     marked[groups.order] = True
     assert (pages.frames == np.where(marked, before | Flag.DUPLICATE, before)).all()
@@ -74,6 +76,42 @@ def test_many_pages(distribution: str, threads: int) -> None:
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_few_pages(n: int, threads: int) -> None:
     check(pages_of(np.arange(n) // 2 * 0x1234567891234567), threads)
+
+
+def test_threads_change_nothing() -> None:
+    """Neither the groups, nor what is counted: runs of several processes, cut anywhere."""
+    n = 400_000
+    chance = np.random.default_rng(7)
+    hashes = chance.zipf(1.2, n).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    flags = np.array([Flag.EXCLUSIVE, Flag.THP, Flag.ZERO, Flag.GONE, Flag.SEEN], np.uint64)
+    word = np.arange(n, dtype=np.uint64) | flags[chance.integers(0, 5, n)]
+    ends = np.unique(chance.integers(1, n, 300))
+    run_first = np.concatenate(([0], ends))
+    run_count = np.diff(np.append(run_first, n))
+    # Neither ascending by page, nor by process alone; an empty run is none.
+    order = chance.permutation(len(run_first))
+    found = []
+    for threads in (1, 2, 4, 20):
+        pages = replace(
+            pages_of(hashes, word.copy()),
+            run_first=run_first[order],
+            run_count=run_count[order],
+            run_region=np.arange(len(order)) // 40,
+            regions=[
+                Region(g // 2, 0, 1, "", "", frozenset(), True, "", True, True) for g in range(8)
+            ],
+        )
+        groups = grouping.group(pages, threads)
+        process = np.zeros(n, np.int64)
+        for f, c, g in zip(pages.run_first, pages.run_count, pages.run_region, strict=True):
+            process[f : f + c] = g // 2
+        for p in range(4):
+            for flag in (*flags, Flag.DUPLICATE):
+                some = (process == p) & ((pages.frames & ~Flag.SEEN & flag) != 0)
+                assert groups.census.by_process(4, flag, flag)[p] == some.sum()
+        assert groups.census.of(np.uint64(0)) == n
+        found.append((groups.order.tolist(), groups.offsets.tolist(), pages.frames.tolist()))
+    assert all(f == found[0] for f in found)
 
 
 def test_grouping_anew_forgets_the_old_marks() -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dedup.model.merge import Rules
-    from dedup.pages import I64, U64, Bool, Groups, Pages
+    from dedup.pages import I64, U64, Bool, Groups, Index, Pages
 
 CHUNK_PAGES: Final = 1 << 18
 """Pages looked at in one go: what is needed a page lives no longer."""
@@ -163,10 +163,10 @@ class _Ends:
             found = np.bincount(key, minlength=(high - low) * len(End))
             np.add.at(self.counts, self.region[low:high], found.reshape(-1, len(End)))
 
-    def _runs(self, index: I64) -> I64:
+    def _runs(self, index: Index) -> I64:
         return np.asarray(np.searchsorted(self.first, index, "right") - 1)
 
-    def _regions(self, index: I64) -> I64:
+    def _regions(self, index: Index) -> I64:
         """The region of each page; a search only where its block lies in several runs."""
         block = index >> BLOCK_BITS
         run = self.block_run[block].astype(np.int64)
@@ -174,7 +174,7 @@ class _Ends:
         run[several] = self._runs(index[several])
         return np.asarray(self.region[run])
 
-    def _move(self, index: I64, word: U64, to: End) -> None:
+    def _move(self, index: Index, word: U64, to: End) -> None:
         """Count these pages as something else than their flags say."""
         if not len(index):
             return
@@ -202,7 +202,7 @@ class _Ends:
         found = np.concatenate((self.best, np.stack((group[some], freed[some]), axis=1)))
         self.best = found[np.lexsort((found[:, 0], -found[:, 1]))[: self.top]]
 
-    def _batch(self, first_group: int, index: I64, offsets: I64) -> None:
+    def _batch(self, first_group: int, index: Index, offsets: I64) -> None:
         """Groups at once; the one of all-zero pages by itself."""
         word = self.pages.frames[index]
         starts, sizes = offsets[:-1] - offsets[0], np.diff(offsets)
@@ -237,7 +237,7 @@ class _Ends:
             freed[rest] = self._mixed(index[which], word[which], group, int(rest.sum()))
         self._note(number[~zero], freed[~zero])
 
-    def _mixed(self, index: I64, word: U64, group: I64, groups: int) -> I64:
+    def _mixed(self, index: Index, word: U64, group: I64, groups: int) -> I64:
         """Contents with frames shared by fork, KSM pages or hidden frames; gives what they free."""
         kind = _Kinds(word)
         own = kind.alone.copy()
@@ -290,7 +290,7 @@ class _Ends:
             vanish = self._vanishing(word)
             vanishing += int(np.count_nonzero(kind.new & vanish))
             found.own_staying += int(np.count_nonzero(kind.alone & ~vanish))
-            others.append(index[kind.shared])
+            others.append(index[kind.shared].astype(np.int64))
             zero |= int(len(word) > 0 and bool((word[0] & Flag.ZERO) != 0))
         found.ksm_frames = len(np.unique(np.concatenate(ksm_frames)))
         shared = np.concatenate(others)
@@ -326,7 +326,7 @@ class _Ends:
         found.freed = (low, low + more)
         return found
 
-    def _pieces(self, group: int) -> Iterator[I64]:
+    def _pieces(self, group: int) -> Iterator[Index]:
         at, end = self.groups.offsets[[group, group + 1]].tolist()
         for begin in range(at, end, CHUNK_PAGES):
             yield self.groups.order[begin : min(end, begin + CHUNK_PAGES)]

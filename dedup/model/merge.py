@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dedup.model.fate import Fate
-    from dedup.pages import I64, U64, Bool, Nodes, Pages
+    from dedup.pages import I64, U64, Bool, Index, Nodes, Pages
 
 RMAP_ITEM_BYTES: Final = 64
 STABLE_NODE_BYTES: Final = 64
@@ -154,7 +154,7 @@ class Prediction:
 class _Copies:
     """The mappings of some contents, content after content."""
 
-    index: I64
+    index: Index
     group: I64
     groups: int
     word: U64
@@ -239,7 +239,7 @@ class _Model:
         self.nodes = nodes if pages.frames_known else None
         self.blind = 1 if nodes is None or pages.frames_known else len(nodes)
         """NUMA nodes between which hidden frames may be spread."""
-        self.lonely = np.empty(0, np.int64)
+        self.lonely: Index = np.empty(0, np.int64)
         """Pages whose copies are all on other nodes."""
         if self.nodes is not None:
             self.groups, self.lonely = by_node(pages, groups, self.nodes)
@@ -386,7 +386,7 @@ class _Model:
         index, sizes = (np.concatenate(p) for p in zip(*parts, strict=True))
         return self._copies(index, np.repeat(np.arange(len(sizes)), sizes), len(sizes))
 
-    def _but_simple(self, index: I64, offsets: I64) -> tuple[I64, I64]:
+    def _but_simple(self, index: Index, offsets: I64) -> tuple[Index, I64]:
         """The same of some contents; gives the pages of the others, and how many each has."""
         sizes, starts = np.diff(offsets), offsets[:-1]
         word = self.pages.frames[index]
@@ -417,7 +417,7 @@ class _Model:
         process = c.process if mask is None else c.process[mask]
         return np.bincount(process, minlength=len(self.pages.processes)).astype(np.int64)
 
-    def _process_of(self, index: I64) -> I64:
+    def _process_of(self, index: Index) -> I64:
         if not len(index):
             return np.empty(0, np.int64)
         if len(self.pages.processes) == 1:
@@ -448,13 +448,13 @@ class _Model:
         self.locked_folios = np.unique(self._folio_of(c))
         self.locked_hidden = bool(((c.word & Flag.HIDDEN) != 0).any()) and len(pages.processes) > 1
 
-    def _copies(self, index: I64, group: I64, groups: int) -> _Copies:
+    def _copies(self, index: Index, group: I64, groups: int) -> _Copies:
         word = self.pages.frames[index]
         frame = (word & FRAME_MASK).astype(np.int64)
         hidden = (word & Flag.HIDDEN) != 0
         thp = (word & Flag.THP) != 0
         # Below 0: never a frame number.
-        frame[hidden] = -1 - index[hidden]
+        frame[hidden] = -1 - index[hidden].astype(np.int64)
         return _Copies(
             index=index,
             group=group,
@@ -469,7 +469,7 @@ class _Model:
             maybe_ksm=hidden & ~thp & self._beside_ksm(index, hidden),
         )
 
-    def _beside_ksm(self, index: I64, hidden: Bool) -> Bool:
+    def _beside_ksm(self, index: Index, hidden: Bool) -> Bool:
         """Whether the region of each page has KSM pages; asked where frames are hidden."""
         if not hidden.any():
             return np.zeros(len(index), bool)
@@ -1154,14 +1154,14 @@ class _Model:
         return out
 
 
-def by_node(pages: Pages, groups: Groups, nodes: Nodes) -> tuple[Groups, I64]:
+def by_node(pages: Pages, groups: Groups, nodes: Nodes) -> tuple[Groups, Index]:
     """Divide contents by NUMA node, as KSM does with `merge_across_nodes` 0.
 
     Source: mm/ksm.c, get_kpfn_nid(): each node has its own trees.
 
     Returns
     -------
-    tuple of Groups and int64 array
+    tuple of Groups and array
         Contents with two copies or more on one node; pages that are alone on theirs.
     """
     sizes = np.diff(groups.offsets)
@@ -1259,7 +1259,7 @@ def savings_alone(pages: Pages, groups: Groups, labels: Sequence[int]) -> I64:
     word = pages.frames[index]
     frame = (word & FRAME_MASK).astype(np.int64)
     hidden = (word & Flag.HIDDEN) != 0
-    frame[hidden] = -1 - index[hidden]
+    frame[hidden] = -1 - index[hidden].astype(np.int64)
     group = np.repeat(np.arange(len(groups.offsets) - 1), np.diff(groups.offsets))
     mine = label[pages.process_of_region()[pages.region_of(index)]]
     order = np.lexsort((frame, group, mine))

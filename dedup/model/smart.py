@@ -172,7 +172,7 @@ def _unsure(pages: Pages, groups: Groups, rules: Rules) -> Bool:
     word = pages.frames[order]
     frame = (word & FRAME_MASK).astype(np.int64)
     hidden = (word & Flag.HIDDEN) != 0
-    frame[hidden] = -1 - order[hidden]
+    frame[hidden] = -1 - order[hidden].astype(np.int64)
     ksm = (word & Flag.KSM) != 0
     old = followed[pages.region_of(order)] & ~ksm
     sizes = np.diff(groups.offsets)
