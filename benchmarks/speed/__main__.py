@@ -10,7 +10,7 @@ one pass with all that a real one does (see scans.py), its peers are
 * own: a read-only sum over our own memory, and memcpy;
 * passes: two looks that read everything, beside two of which the second reads what would merge
   (`--partial-passes`), and the second looks alone; of mixed memory, and of pages all unlike;
-* python: plain loops with xxhash and sha1 (1 MiB reads and a Counter; page by page), and `dd bs=1M`,
+* python: plain loops with xxhash and sha1 (1 MiB reads and a Counter; page by page) and `dd bs=1M`,
   on one core;
 * many: 2,000 small processes, 65,530 mappings in one process, three pages in 16 TiB;
 * start: `dedup --version` and `--help`, beside a Python that does nothing.
