@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -228,6 +229,18 @@ class KsmControl:
                     self._write(name, self.before[name])
         after = self.ksm.tunables()
         assert after == self.before, (self.before, after)
+
+
+@contextmanager
+def at_rest(pids: list[int]) -> Iterator[None]:
+    """Processes stopped: what they do after an answer would show in one scan and not in another."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
 
 
 @contextmanager

@@ -112,28 +112,25 @@ def _without_smaps(handle: Handle, sight: Sight) -> list[maps.Mapping] | None:
     lines = handle.read("maps").splitlines()
     if len(lines) > MOST_MAPPINGS:
         return None
-    file_systems = mounts.file_systems(handle)
+    nothing = frozenset[str]()
     found: list[maps.Mapping] = []
     plain: list[int] = []
     """Indices of private anonymous mappings with access: their pages are counted later."""
     bare: list[int] = []
-    """Those that might be droppable: private, anonymous and without a name of the kernel's."""
-    for line in lines:
+    """Those that might be droppable: private and anonymous."""
+    rest: list[tuple[int, bytes, bytes, bytes, bytes, bytes]] = []
+    for i, line in enumerate(lines):
         where, perms, _, device, inode, name = line.split(b" ", 5)
         name = name.lstrip(b" ")
         first, _, last = where.partition(b"-")
-        anonymous = perms.endswith(b"p") and inode == b"0" and _is_anonymous(name)
-        if anonymous:
-            flags: frozenset[str] | None = frozenset()
-            bare.append(len(found))
-            if not perms.startswith(b"---"):
-                plain.append(len(found))
-        else:
-            flags = _flags(handle, where, perms, device, inode, name, file_systems)
-        if flags is None:
-            return None
-        found.append(maps.mapping(int(first, 16), int(last, 16), perms, name, flags))
-    plain = [i for i in plain if found[i].end - found[i].start >= SMALL_BYTES]
+        start, end = int(first, 16), int(last, 16)
+        found.append(maps.mapping(start, end, perms, name, nothing))
+        if inode != b"0" or not perms.endswith(b"p") or not _is_anonymous(name):
+            rest.append((i, where, perms, device, inode, name))
+            continue
+        bare.append(i)
+        if end - start >= SMALL_BYTES and not perms.startswith(b"---"):
+            plain.append(i)
     sizes = sum(found[i].end - found[i].start for i in plain)
     if not plain or sizes * DENSE > handle.info.anonymous_bytes:
         return None
@@ -141,7 +138,14 @@ def _without_smaps(handle: Handle, sight: Sight) -> list[maps.Mapping] | None:
     try:
         largest = max((found[i] for i in plain), key=lambda m: m.end - m.start)
         if _begins_huge(fd, largest, sight):
-            return None  # at once: most of it will be
+            return None  # most of it will be
+        file_systems = mounts.file_systems(handle)
+        for i, where, perms, device, inode, name in rest:
+            flags = _flags(handle, where, perms, device, inode, name, file_systems)
+            if flags is None:
+                return None
+            if flags:
+                found[i] = found[i]._replace(vm_flags=flags)
         huge = _huge_if_kept(fd, [found[i] for i in bare], sight)
         if huge is None:
             return None

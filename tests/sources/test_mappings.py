@@ -12,7 +12,7 @@ from dedup.model.eligibility import why_not
 from dedup.scanning import Plan, Scan, scan_pids
 from dedup.sources import mappings
 from dedup.sources.live import Options
-from tests.kernel_fixtures import PAGE, Target
+from tests.kernel_fixtures import PAGE, Target, at_rest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -91,43 +91,44 @@ def same_scan(pid: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def same(target: Target, monkeypatch: pytest.MonkeyPatch) -> list[maps.Mapping]:
+    """What is known without smaps is the same, and so is a scan by it."""
+    with at_rest([target.pid]):
+        found = without_smaps(target.pid)
+        assert found is not None
+        like_smaps(found, target.pid)
+        same_scan(target.pid, monkeypatch)
+    return found
+
+
 def test_a_plain_process(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     target.do("fill", name="main", at=10, count=500, what="alike")
-    found = without_smaps(target.pid)
-    assert found is not None
-    like_smaps(found, target.pid)
-    same_scan(target.pid, monkeypatch)
+    same(target, monkeypatch)
 
 
 @pytest.mark.parametrize("file", ["", "memory"])
-def test_shared_memory_is_refused_for_the_same_reason(target: Target, file: str) -> None:
+def test_shared_memory_is_refused_for_the_same_reason(
+    target: Target, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     flags = SHARED if file else SHARED | ANONYMOUS
     target.do("map", name="open", pages=20, flags=flags, file=file)
     target.do("map", name="read", pages=20, flags=flags, file=file)
     target.do("protect", name="read", how="r")
-    found = without_smaps(target.pid)
-    assert found is not None
-    like_smaps(found, target.pid)
+    same(target, monkeypatch)
 
 
 def test_pages_written_in_a_file_s_mapping(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     target.do("map", name="file", pages=40, flags=PRIVATE, file="some")
     target.do("touch", name="file", at=0, count=20)
     target.do("put", name="file", at=5, what=["one", "one", "two"])
-    found = without_smaps(target.pid)
-    assert found is not None
-    like_smaps(found, target.pid)
-    same_scan(target.pid, monkeypatch)
+    same(target, monkeypatch)
 
 
 def test_memory_without_access(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     target.do("map", name="closed", pages=300)
     target.do("fill", name="closed", at=7, count=200, what="alike")
     target.do("protect", name="closed", how="none")
-    found = without_smaps(target.pid)
-    assert found is not None
-    like_smaps(found, target.pid)
-    same_scan(target.pid, monkeypatch)
+    same(target, monkeypatch)
 
 
 def test_zero_pages_and_holes_are_not_counted(
@@ -136,10 +137,7 @@ def test_zero_pages_and_holes_are_not_counted(
     target.do("map", name="holes", pages=600)
     target.do("touch", name="holes", at=0, count=50)
     target.do("fill", name="holes", at=40, count=400, what="zero")
-    found = without_smaps(target.pid)
-    assert found is not None
-    like_smaps(found, target.pid)
-    same_scan(target.pid, monkeypatch)
+    same(target, monkeypatch)
 
 
 def test_some_huge_pages_shared_with_a_child(
@@ -148,14 +146,11 @@ def test_some_huge_pages_shared_with_a_child(
     target.do("map", name="huge", pages=512, align=HUGE)
     target.do("advise", name="huge", what="hugepage")
     target.do("fill", name="huge", at=0, count=512, what="unique")
+    target.do("fill", name="main", at=0, count=300, what="alike")
     target.do("fork")
     target.do("fill", name="huge", child=(0,), at=0, count=1, what="unique")
-    found = without_smaps(target.pid)
-    assert found is not None
+    found = same(target, monkeypatch)
     assert sum(m.anon_huge_bytes for m in found) == HUGE
-    like_smaps(found, target.pid)
-    target.do("fill", name="main", at=0, count=300, what="alike")
-    same_scan(target.pid, monkeypatch)
     assert sum(m.anon_huge_bytes for m in by_smaps(target.pid)) == HUGE, "the scan did no harm"
 
 
@@ -201,10 +196,11 @@ def test_memory_given_back_lazily(target: Target, monkeypatch: pytest.MonkeyPatc
     target.do("map", name="free", pages=300)
     target.do("fill", name="free", at=0, count=300, what="alike")
     target.do("advise", name="free", what="free")
-    found = without_smaps(target.pid)
-    if found is not None:  # else its pages look like droppable ones
-        like_smaps(found, target.pid)
-    same_scan(target.pid, monkeypatch)
+    with at_rest([target.pid]):
+        found = without_smaps(target.pid)
+        if found is not None:  # else its pages look like droppable ones
+            like_smaps(found, target.pid)
+        same_scan(target.pid, monkeypatch)
 
 
 def test_not_where_nobody_counts(target: Target) -> None:

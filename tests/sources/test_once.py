@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,28 +10,15 @@ from dedup.kernel import memory
 from dedup.pages import Flag
 from dedup.scanning import Plan, Scan, scan_pids
 from dedup.sources.live import LiveSource, Options
+from tests.kernel_fixtures import at_rest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from dedup.pages import Pages
     from tests.kernel_fixtures import KsmControl, Target
 
 pytestmark = pytest.mark.root
 
 PAGES = 5000
-
-
-@contextmanager
-def at_rest(pids: list[int]) -> Iterator[None]:
-    """Processes stopped: what they do after an answer would show in one scan and not in another."""
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
 
 
 def scanned(pids: list[int], threads: int = 2) -> Scan:
