@@ -111,6 +111,68 @@ def group(
 def let_go(values: I64) -> None: ...
 def clear(frames: U64, flags: int) -> int: ...
 def census(frames: U64, first: I64, count: I64, process: I64) -> tuple[I64, U64, I64]: ...
+def count(frames: U64, mask: int | np.uint64, value: int | np.uint64, /) -> int: ...
+def select(frames: U64, mask: int | np.uint64, value: int | np.uint64, /) -> I64: ...
+def put(
+    frames: U64, mask: int | np.uint64, value: int | np.uint64, flags: int | np.uint64, /
+) -> None: ...
+def put_in_runs(
+    frames: U64,
+    first: I64,
+    count: I64,
+    mask: int | np.uint64,
+    value: int | np.uint64,
+    flags: int | np.uint64,
+    /,
+) -> None: ...
+def block_heads(
+    frames: U64,
+    first: I64,
+    count: I64,
+    mask: int | np.uint64,
+    value: int | np.uint64,
+    size: int,
+    /,
+) -> I64: ...
+def all_apart(frames: U64, mask: int | np.uint64, value: int | np.uint64, /) -> bool: ...
+def sums(
+    frames: U64,
+    order: I64,
+    offsets: I64,
+    skip: int | np.uint64,
+    mask: int | np.uint64,
+    value: int | np.uint64,
+    limit: int,
+    /,
+) -> tuple[U64, U64, I64]: ...
+def by_block(
+    frames: U64,
+    mask: int | np.uint64,
+    value: int | np.uint64,
+    flag: int | np.uint64,
+    size: int,
+    /,
+) -> tuple[I64, I64, I64, I64]: ...
+def blocks_of(
+    frames: U64,
+    order: I64,
+    offsets: I64,
+    which: NDArray[np.uint8],
+    mask: int | np.uint64,
+    value: int | np.uint64,
+    size: int,
+    /,
+) -> I64: ...
+def any_in_one_block(
+    frames: U64,
+    order: I64,
+    offsets: I64,
+    skip: int | np.uint64,
+    mask: int | np.uint64,
+    value: int | np.uint64,
+    size: int,
+    /,
+) -> bool: ...
 def pagemap_scan(fd: int, start: int, end: int, inverted: int, mask: int, returned: int) -> U64: ...
 def read_words(fd: int, indices: I64) -> U64: ...
 def look_like(

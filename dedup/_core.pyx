@@ -7,7 +7,7 @@ in Python. A page's bytes live in a thread's buffer for as long as it takes to h
 
 from libc.errno cimport EINTR, errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
-from libc.stdlib cimport free, malloc, realloc
+from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcmp, memset
 
 import ctypes
@@ -125,6 +125,7 @@ cdef extern from "<sys/mman.h>" nogil:
 include "hash.pxi"
 include "scan.pxi"
 include "group.pxi"
+include "summary.pxi"
 include "file.pxi"
 include "shims.pxi"
 include "ptrace.pxi"
