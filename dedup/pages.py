@@ -114,6 +114,13 @@ class Region(NamedTuple):
     advised_known: bool = True
     guest: bool = False
     """Memory of a guest that this QEMU runs."""
+    shared_bytes: int = 0
+    """Of the resident bytes, pages that others map too."""
+
+    @property
+    def shared_throughout(self) -> bool:
+        """Whether others mapped every page of it, too."""
+        return 0 < self.shared_bytes == self.resident_bytes
 
 
 @dataclass(frozen=True, slots=True)

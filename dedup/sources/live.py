@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 
+from dedup import _core
 from dedup.errors import (
     DedupError,
     NoSuchProcess,
@@ -424,7 +425,7 @@ class LiveSource:
             whole = Region(
                 process, m.start, m.end, m.perms, m.name, m.vm_flags, not why, why, advised,
                 scanned, m.anonymous_bytes, m.anon_huge_bytes, m.swap_bytes, m.ksm_bytes or 0,
-                m.resident_bytes,
+                m.resident_bytes, True, False, m.shared_bytes,
             )  # fmt: skip
             if spans:
                 for part in _inside(whole, spans):
@@ -495,24 +496,48 @@ def mark_outside(pages: Pages, groups: Groups, sight: Sight) -> None:
     if not sight.kpagecount:
         return
     known = Flag.EXCLUSIVE | Flag.KSM | Flag.HIDDEN
-    if not groups.census.of(Flag.DUPLICATE | known, Flag.DUPLICATE):
+    mask = Flag.DUPLICATE | known
+    if not groups.census.of(mask, Flag.DUPLICATE):
         return
-    # As they lie in memory, so that the frames of a huge page are asked for at once.
-    index = np.sort(groups.order[(pages.frames[groups.order] & known) == 0])
+    value, frames = Flag.DUPLICATE, pages.frames
     one = len(pages.processes) == 1
     if one and sight.pagemap_scan:
         # Its pages have a frame each, KSM pages apart: what is not exclusive is mapped elsewhere.
+        _core.put(frames, mask | Flag.THP, value, Flag.OUTSIDE)
         # The mark of a huge page says less (`_add_ranges`).
-        huge = (pages.frames[index] & Flag.THP) != 0
-        pages.frames[index[~huge]] |= Flag.OUTSIDE
-        index = index[huge]
-    frame = (pages.frames[index] & FRAME_MASK).astype(np.int64)
+        mask, value = mask | Flag.THP, value | Flag.THP
+        if pages.looks == 1:
+            _mark_shared_throughout(pages, mask, value)
+            mask |= Flag.OUTSIDE
+    # As they lie in memory, so that the frames of a huge page are asked for at once.
+    index = _core.select(frames, mask, value)
+    frame = (frames[index] & FRAME_MASK).astype(np.int64)
     if one:
         outside = pagemap.mappings_of(frame) > 1
     else:
-        frames, which, seen = np.unique(frame, return_inverse=True, return_counts=True)
-        outside = (pagemap.mappings_of(frames) > seen)[which]
-    pages.frames[index[outside]] |= Flag.OUTSIDE
+        seen = np.unique(frame, return_inverse=True, return_counts=True)
+        outside = (pagemap.mappings_of(seen[0]) > seen[2])[seen[1]]
+    frames[index[outside]] |= Flag.OUTSIDE
+
+
+def _mark_shared_throughout(pages: Pages, mask: np.uint64, value: np.uint64) -> None:
+    """Mark pages of huge pages in regions all of whose pages others map too, as smaps said.
+
+    To ask for the mappings of each page takes far longer. Asked for is one page of each huge page:
+    should any not be shared, smaps is out of date, and nothing is marked.
+
+    Source: fs/proc/task_mmu.c (smaps_account), fs/proc/page.c (get_kpage_count): both go by the
+    mappings of the page, or, without CONFIG_PAGE_MAPCOUNT, by those of the huge page.
+    """
+    through = np.array([r.shared_throughout for r in pages.regions], bool)
+    if not through.any():
+        return
+    runs = through[pages.run_region]
+    first, count = pages.run_first[runs], pages.run_count[runs]
+    one_of_each = _core.block_heads(pages.frames, first, count, mask, value, pages.huge_pages)
+    frame = (pages.frames[one_of_each] & FRAME_MASK).astype(np.int64)
+    if (pagemap.mappings_of(frame) > 1).all():
+        _core.put_in_runs(pages.frames, first, count, mask, value, Flag.OUTSIDE)
 
 
 def wait_until(moment: float, progress: Callable[[str, int, int], None] | None = None) -> None:
