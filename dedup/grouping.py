@@ -53,7 +53,7 @@ def group(pages: Pages, threads: int = 1) -> Groups:
         return _core.group(pages.hashes, pages.frames, skip, bits, which)
 
     if bits == 0:
-        return Groups(*part(0), census(pages))
+        return Groups(*part(0), census(pages), _core)
     if threads == 1:
         parts = [part(which) for which in range(1 << bits)]
     else:
@@ -71,4 +71,4 @@ def group(pages: Pages, threads: int = 1) -> Groups:
             _core.let_go(piece)
         offsets.append(ends[1:] + at)
         at += len(some)
-    return Groups(order, np.concatenate(offsets), considered, census(pages))
+    return Groups(order, np.concatenate(offsets), considered, census(pages), _core)
