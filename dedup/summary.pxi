@@ -330,21 +330,29 @@ cdef int _find_blocks(const uint64_t[::1] frames, uint64_t mask, uint64_t value,
                       uint64_t size, int64_t *others, Blocks *found) noexcept nogil:
     """Pages of one block mostly follow each other: so many are counted at a time."""
     cdef uint64_t word, frame, counts, inside, start = 0
-    cdef int64_t i, pages = 0, last = 0, block = -1, n = 0
-    for i in range(frames.shape[0]):
-        word = frames[i]
-        frame = word & FRAME_MASK
-        counts = (word & mask) == value
-        inside = counts & ((word & flag) != 0)
-        others[n] = i
-        n += counts & ~inside
-        if inside & ((frame - start >= size) | (block < 0)):
-            if block >= 0 and _add_stretch(found, block, pages, last) < 0:
-                return -1
-            block, pages = frame // size, 0
-            start = frame - frame % size
-        pages += inside
-        last = i if inside else last
+    cdef int64_t[GATHERED] chosen
+    cdef int64_t i, end, begin = 0, pages = 0, block = -1, n = 0, of_block, last = 0
+    while begin < frames.shape[0]:
+        end = min(begin + <int64_t>GATHERED, <int64_t>frames.shape[0])
+        of_block = 0
+        # No branch on what counts, which nothing could foretell.
+        for i in range(begin, end):
+            word = frames[i]
+            counts = (word & mask) == value
+            inside = (word & flag) != 0
+            others[n] = chosen[of_block] = i
+            n += counts & ~inside
+            of_block += counts & inside
+        for i in range(of_block):
+            frame = frames[chosen[i]] & FRAME_MASK
+            if frame - start >= size or block < 0:
+                if block >= 0 and _add_stretch(found, block, pages, last) < 0:
+                    return -1
+                block, pages = frame // size, 0
+                start = frame - frame % size
+            pages += 1
+            last = chosen[i]
+        begin = end
     found.others = n
     return _add_stretch(found, block, pages, last) if block >= 0 else 0
 

@@ -332,6 +332,8 @@ class _Model:
     ) -> None:
         self.load, self.settings, self.costs = load, settings, costs
         self.factor, self.waiting = factor, waiting
+        self._sleep: float | None = None
+        """Of a batch that takes no time."""
 
     def _visit(self, unstable: F64, stable: F64 | float) -> F64:
         """A search in both trees, found nothing."""
@@ -438,7 +440,9 @@ class _Model:
 
     def _asleep(self, sample: int, whole: int, *, ends_with_batch: bool) -> Way:
         """The same where batches take no time: all sleeps are of one length."""
-        sleep = float(self._with_sleep(np.zeros(1))[0])
+        if self._sleep is None:
+            self._sleep = float(self._with_sleep(np.zeros(1))[0])
+        sleep = self._sleep
         before = float(np.full(sample, sleep).sum()) * (whole / sample if sample else 0.0)
         awake = before - sleep if sample and ends_with_batch else before
         return Way(0.0, before + sleep, awake)
