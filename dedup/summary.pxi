@@ -183,7 +183,7 @@ cdef int _sum_group(const uint64_t *frames, const int64_t *order, int64_t n, uin
                     uint64_t value, int64_t limit, uint32_t group, FrameTable *t, uint64_t *some,
                     uint64_t *every, Sums *of) noexcept nogil:
     cdef uint64_t word, any_of = 0, all_of = ~<uint64_t>0
-    cdef int64_t i
+    cdef int64_t i, own = 0, own_merged = 0, own_outside = 0
     cdef FrameSlot *slot
     t.used = 0
     t.mask = FRAME_SLOTS - 1
@@ -194,11 +194,9 @@ cdef int _sum_group(const uint64_t *frames, const int64_t *order, int64_t n, uin
         any_of |= word
         all_of &= word
         if (word & mask) == value or word & HIDDEN:
-            of.merged += (word & KSM) != 0
-            of.nodes += (word & KSM) != 0
-            of.room += limit - 1 if word & KSM and limit > 1 else 0
-            of.frames += (word & KSM) == 0
-            of.outside += (word & OUTSIDE) != 0
+            own += 1
+            own_merged += (word & KSM) != 0
+            own_outside += (word & OUTSIDE) != 0
             continue
         slot = _frame_slot(t, word & FRAME_MASK, group)
         if slot == NULL:
@@ -217,6 +215,11 @@ cdef int _sum_group(const uint64_t *frames, const int64_t *order, int64_t n, uin
         if word & OUTSIDE and not slot.frame & FRAME_OUTSIDE:
             slot.frame |= FRAME_OUTSIDE
             of.outside += 1
+    of.merged += own_merged
+    of.nodes += own_merged
+    of.room += own_merged * (limit - 1 if limit > 1 else 0)
+    of.frames += own - own_merged
+    of.outside += own_outside
     some[0] = any_of & ~FRAME_MASK
     every[0] = all_of & ~FRAME_MASK
     return 0

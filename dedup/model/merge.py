@@ -771,8 +771,9 @@ class _Model:
         empties the batch (mm/mlock.c, munlock_folio). Where such a page lies in the unstable tree,
         a merge with it fails half way.
         """
-        locked: Bool = np.asarray(((c.word & Flag.LOCKED) != 0) & ~c.alone & ~c.ksm)
+        locked: Bool = np.asarray((c.word & Flag.LOCKED) != 0)
         if locked.any():
+            locked &= ~c.alone & ~c.ksm
             _, which, mappings = np.unique(c.frame, return_inverse=True, return_counts=True)
             locked &= (mappings[which] > 1) | c.maybe_shared
         return locked
