@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import numpy as np
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 FRAME_MASK: Final = np.uint64((1 << 48) - 1)
 """The frame number in a frame word; the flags stand above it."""
 NO_FLAG: Final = np.uint64(0)
+
+PIECE_GROUPS: Final = 1 << 13
+"""Groups worked on at a time."""
 
 NOT_DUMPED: Final = "not-dumped"
 """Code of what the maker of a file left out of it."""
@@ -387,6 +390,15 @@ class Groups:
         """
         some, every, sums = self.passes.sums(frames, self.order, self.offsets, skip, *own, limit)
         return Sums(some, every, *sums)
+
+    def pieces(self) -> Iterator[Groups]:
+        """All groups, some thousand at a time: so arrays of one entry a group stay small.
+
+        Larger ones come from the kernel anew each time, and are touched for the first time. There
+        is one piece at the least.
+        """
+        for low in range(0, max(1, len(self.offsets) - 1), PIECE_GROUPS):
+            yield replace(self, offsets=self.offsets[low : low + PIECE_GROUPS + 1])
 
     def of(self, which: Bool) -> tuple[I64, I64]:
         """Pages of some groups, group after group, and how many each has."""

@@ -393,20 +393,17 @@ class _Model:
 
         They are most of what a scan finds. All-zero pages are left out.
         """
-        groups, frames = self.groups, self.pages.frames
-        sizes = np.diff(groups.offsets)
-        if len(self.pages.processes) > 1:
-            # Which of them a mapping belongs to is the others' way to find out.
-            rest = (frames[groups.order[groups.offsets[:-1]]] & Flag.ZERO) == 0
-        else:
-            rest = self._but_simple(sizes)
-        index, sizes = groups.of(rest)
+        parts = [piece.of(self._but_simple(piece)) for piece in self.groups.pieces()]
+        index, sizes = (np.concatenate(p) for p in zip(*parts, strict=True))
         return self._copies(index, np.repeat(np.arange(len(sizes)), sizes), len(sizes))
 
-    def _but_simple(self, sizes: I64) -> Bool:
-        """The same; gives which contents are left."""
+    def _but_simple(self, groups: Groups) -> Bool:
+        """The same of some contents; gives which of them are left."""
+        frames, sizes = self.pages.frames, np.diff(groups.offsets)
+        if len(self.pages.processes) > 1:
+            # Which of them a mapping belongs to is the others' way to find out.
+            return np.asarray((frames[groups.order[groups.offsets[:-1]]] & Flag.ZERO) == 0)
         own = Flag.EXCLUSIVE | Flag.KSM | Flag.HIDDEN, Flag.EXCLUSIVE
-        groups, frames = self.groups, self.pages.frames
         unsure = Flag.DUPLICATE | Flag.KSM | Flag.HIDDEN | Flag.EXCLUSIVE
         if self.census.of(unsure, Flag.DUPLICATE) and self._copies_apart():
             own = Flag.KSM | Flag.HIDDEN, NO_FLAG

@@ -170,8 +170,11 @@ def _unsure(pages: Pages, groups: Groups, rules: Rules) -> I64:
     if not unmerged or not followed.any():
         return nobody
     # What is merged altogether needs no closer look.
-    some = (groups.sums(pages.frames, 0, (NO_FLAG, NO_FLAG)).every & Flag.KSM) == 0
-    order, sizes = groups.of(some)
+    parts = [
+        piece.of((piece.sums(pages.frames, 0, (NO_FLAG, NO_FLAG)).every & Flag.KSM) == 0)
+        for piece in groups.pieces()
+    ]
+    order, sizes = (np.concatenate(p) for p in zip(*parts, strict=True))
     word = pages.frames[order]
     frame = (word & FRAME_MASK).astype(np.int64)
     hidden = (word & Flag.HIDDEN) != 0

@@ -506,6 +506,8 @@ def mark_outside(pages: Pages, groups: Groups, sight: Sight) -> None:
         _core.put(frames, mask | Flag.THP, value, Flag.OUTSIDE)
         # The mark of a huge page says less (`_add_ranges`).
         mask, value = mask | Flag.THP, value | Flag.THP
+        if not groups.census.of(mask, value):
+            return
         if pages.looks == 1:
             _mark_shared_throughout(pages, mask, value)
             mask |= Flag.OUTSIDE
@@ -515,8 +517,8 @@ def mark_outside(pages: Pages, groups: Groups, sight: Sight) -> None:
     if one:
         outside = pagemap.mappings_of(frame) > 1
     else:
-        seen = np.unique(frame, return_inverse=True, return_counts=True)
-        outside = (pagemap.mappings_of(seen[0]) > seen[2])[seen[1]]
+        frames_of, which, seen = np.unique(frame, return_inverse=True, return_counts=True)
+        outside = (pagemap.mappings_of(frames_of) > seen)[which]
     frames[index[outside]] |= Flag.OUTSIDE
 
 

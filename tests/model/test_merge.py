@@ -120,7 +120,7 @@ def test_one_process_adds_up_to_the_same_at_once(
         patch.setattr(_Model, "_copies_apart", lambda *_: False)
         patch.setattr(
             _Model, "_but_simple",
-            lambda m, _: (m.pages.frames[m.groups.order[m.groups.offsets[:-1]]] & Flag.ZERO) == 0,
+            lambda m, g: (m.pages.frames[g.order[g.offsets[:-1]]] & Flag.ZERO) == 0,
         )  # fmt: skip
         one_by_one = predict(alone, groups, rules)
     assert at_once == one_by_one
