@@ -41,6 +41,8 @@ Scope = Literal["compatible", "advised"]
 
 BATCH_PROCESSES: Final = 128
 BATCH_BYTES: Final = 4 << 30
+SPAN_MOST: Final = 8
+"""Frames from the lowest to the highest, times those there are, for which a table is made."""
 
 
 @dataclass(slots=True)
@@ -488,10 +490,19 @@ def _inside(region: Region, ranges: Iterable[tuple[int, int]]) -> Iterable[Regio
             yield region._replace(start=start, end=end)
 
 
-def mark_outside(pages: Pages, groups: Groups, sight: Sight) -> None:
+def mark_outside(pages: Pages, groups: Groups, sight: Sight, threads: int = 1) -> None:
     """Mark duplicates whose frame is mapped by processes outside the scan too.
 
     Such a frame stays when our mappings of it merge elsewhere. Only root can see it.
+
+    Parameters
+    ----------
+    pages : Pages
+    groups : Groups
+        Of these pages, just grouped.
+    sight : Sight
+    threads : int, optional
+        That ask the kernel.
     """
     if not sight.kpagecount:
         return
@@ -515,11 +526,28 @@ def mark_outside(pages: Pages, groups: Groups, sight: Sight) -> None:
     index = _core.select(frames, mask, value)
     frame = (frames[index] & FRAME_MASK).astype(np.int64)
     if one:
-        outside = pagemap.mappings_of(frame) > 1
+        outside = pagemap.mappings_of(frame, threads=threads) > 1
     else:
-        frames_of, which, seen = np.unique(frame, return_inverse=True, return_counts=True)
-        outside = (pagemap.mappings_of(frames_of) > seen)[which]
+        distinct, which, seen = _distinct(frame)
+        outside = (pagemap.mappings_of(distinct, threads=threads) > seen)[which]
     frames[index[outside]] |= Flag.OUTSIDE
+
+
+def _distinct(frames: I64) -> tuple[I64, I64, I64]:
+    """Distinct frames, ascending; which of them each one is; how often each is there."""
+    if not len(frames):
+        return frames, frames, frames
+    low = int(frames.min())
+    span = int(frames.max()) - low + 1
+    if span > SPAN_MOST * len(frames):
+        distinct, which, seen = np.unique(frames, return_inverse=True, return_counts=True)
+        return distinct, which, seen
+    # Where they lie close together, by a table: to sort them takes many times as long.
+    seen = np.bincount(frames - low)
+    (distinct,) = np.nonzero(seen)
+    place = np.empty(span, np.int64)
+    place[distinct] = np.arange(len(distinct))
+    return distinct + low, place[frames - low], seen[distinct]
 
 
 def _mark_shared_throughout(pages: Pages, mask: np.uint64, value: np.uint64) -> None:

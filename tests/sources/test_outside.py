@@ -8,7 +8,7 @@ import pytest
 from dedup import grouping
 from dedup.kernel import pagemap
 from dedup.pages import FRAME_MASK, Flag, Pages
-from dedup.sources.live import LiveSource, Options, mark_outside
+from dedup.sources.live import LiveSource, Options, _distinct, mark_outside
 from tests.kernel_fixtures import Target
 
 pytestmark = pytest.mark.root
@@ -17,13 +17,13 @@ PAGES = 512
 ALONE = Flag.EXCLUSIVE | Flag.KSM | Flag.HIDDEN
 
 
-def marked(*pids: int, looks: int = 1) -> Pages:
+def marked(*pids: int, looks: int = 1, threads: int = 1) -> Pages:
     """The pages of a scan, marked."""
     source = LiveSource(list(pids), Options())
     pages = source.first_look()
     for _ in range(looks - 1):
         source.look_again()
-    mark_outside(pages, grouping.group(pages), source.sight)
+    mark_outside(pages, grouping.group(pages), source.sight, threads)
     return pages
 
 
@@ -51,9 +51,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     real = pagemap.mappings_of
 
-    def counted(frames: np.ndarray) -> np.ndarray:
+    def counted(frames: np.ndarray, *, threads: int = 1) -> np.ndarray:
         counts.append(len(frames))
-        return real(frames)
+        return real(frames, threads=threads)
 
     monkeypatch.setattr("dedup.sources.live.pagemap.mappings_of", counted)
     return counts
@@ -105,6 +105,27 @@ def test_smaps_out_of_date(target: Target, monkeypatch: pytest.MonkeyPatch) -> N
     target.do("advise", name="a", what="dontneed", at=0, count=PAGES, child=(0,))
     mark_outside(pages, grouping.group(pages), source.sight)
     assert PAGES <= check(pages) < 2 * PAGES
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_that_ask(target: Target, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pagemap, "ALONE_FRAMES", 16)
+    target.do("map", name="a", pages=1000)
+    target.do("fill", name="a", at=0, count=1000, what="same")
+    first, second = target.do("fork"), target.do("fork")
+    target.do("put", name="a", at=3, what=["same"] * 50, child=(1,))
+    assert check(marked(target.pid, first, threads=threads)) > 1500
+    assert second
+
+
+def test_distinct_frames() -> None:
+    chance = np.random.default_rng(1)
+    for most in (1, 3, 400, 1 << 40):
+        for n in (0, 1, 200):
+            frames = chance.integers(0, most, n) + 5
+            expected = np.unique(frames, return_inverse=True, return_counts=True)
+            for found, true in zip(_distinct(frames), expected, strict=True):
+                assert found.tolist() == true.tolist()
 
 
 @pytest.mark.parametrize("huge", [False, True])
