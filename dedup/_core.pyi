@@ -120,6 +120,68 @@ def group(
     process: I64,
     threads: int = 1,
 ) -> tuple[U32, I64, int, I64]: ...
+def count(frames: U64, mask: int | np.uint64, value: int | np.uint64, /) -> int: ...
+def select(frames: U64, mask: int | np.uint64, value: int | np.uint64, /) -> I64: ...
+def put(
+    frames: U64, mask: int | np.uint64, value: int | np.uint64, flags: int | np.uint64, /
+) -> None: ...
+def put_in_runs(
+    frames: U64,
+    first: I64,
+    count: I64,
+    mask: int | np.uint64,
+    value: int | np.uint64,
+    flags: int | np.uint64,
+    /,
+) -> None: ...
+def block_heads(
+    frames: U64,
+    first: I64,
+    count: I64,
+    mask: int | np.uint64,
+    value: int | np.uint64,
+    size: int,
+    /,
+) -> I64: ...
+def all_apart(frames: U64, mask: int | np.uint64, value: int | np.uint64, /) -> bool: ...
+def sums(
+    frames: U64,
+    order: U32,
+    offsets: I64,
+    skip: int | np.uint64,
+    mask: int | np.uint64,
+    value: int | np.uint64,
+    limit: int,
+    /,
+) -> tuple[U64, U64, I64]: ...
+def by_block(
+    frames: U64,
+    mask: int | np.uint64,
+    value: int | np.uint64,
+    flag: int | np.uint64,
+    size: int,
+    /,
+) -> tuple[I64, I64, I64, I64]: ...
+def blocks_of(
+    frames: U64,
+    order: U32,
+    offsets: I64,
+    which: NDArray[np.uint8],
+    mask: int | np.uint64,
+    value: int | np.uint64,
+    size: int,
+    /,
+) -> I64: ...
+def any_in_one_block(
+    frames: U64,
+    order: U32,
+    offsets: I64,
+    skip: int | np.uint64,
+    mask: int | np.uint64,
+    value: int | np.uint64,
+    size: int,
+    /,
+) -> bool: ...
 def pagemap_scan(fd: int, start: int, end: int, inverted: int, mask: int, returned: int) -> U64: ...
 def read_words(fd: int, indices: I64) -> U64: ...
 def first_present(

@@ -39,4 +39,4 @@ def group(pages: Pages, threads: int = 1) -> Groups:
         1 if len(pages.hashes) <= ALONE_PAGES else threads,
     )
     process, flags, count = census.T
-    return Groups(order, offsets, considered, Census(process, flags.view(np.uint64), count))
+    return Groups(order, offsets, considered, Census(process, flags.view(np.uint64), count), _core)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 FRAME_MASK: Final = np.uint64((1 << 48) - 1)
 """The frame number in a frame word; the flags stand above it."""
 NO_FLAG: Final = np.uint64(0)
+
+PIECE_GROUPS: Final = 1 << 13
+"""Groups worked on at a time."""
 
 NOT_DUMPED: Final = "not-dumped"
 """Code of what the maker of a file left out of it."""
@@ -116,6 +119,13 @@ class Region(NamedTuple):
     advised_known: bool = True
     guest: bool = False
     """Memory of a guest that this QEMU runs."""
+    shared_bytes: int = 0
+    """Of the resident bytes, pages that others map too."""
+
+    @property
+    def shared_throughout(self) -> bool:
+        """Whether others mapped every page of it, too."""
+        return 0 < self.shared_bytes == self.resident_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +274,91 @@ class Census:
         return total
 
 
+class Sums(NamedTuple):
+    """Sums for each group of pages, all arrays of the same length."""
+
+    some: U64
+    """Flags that any of the pages has."""
+    every: U64
+    """Flags that all of them have."""
+    ksm: I64
+    """KSM pages among them."""
+    ksm_frames: I64
+    """Frames of these."""
+    room: I64
+    """What those frames lack, all in all, of the limit of mappings."""
+    frames: I64
+    """Frames of the other pages; a page whose frame is hidden counts as one."""
+    outside: I64
+    """Frames with `OUTSIDE`."""
+
+
+class Passes(Protocol):
+    """Passes over pages that need compiled code: `dedup._core` has them, and says what they do.
+
+    They come with the groups, so that what works with those needs no compiled module itself.
+    """
+
+    def count(self, frames: U64, mask: np.uint64, value: np.uint64, /) -> int:
+        """Count words by flags."""
+
+    def select(self, frames: U64, mask: np.uint64, value: np.uint64, /) -> I64:
+        """Find words by flags."""
+
+    def all_apart(self, frames: U64, mask: np.uint64, value: np.uint64, /) -> bool:
+        """Tell whether such words have a frame each."""
+
+    def sums(
+        self,
+        frames: U64,
+        order: U32,
+        offsets: I64,
+        skip: np.uint64,
+        mask: np.uint64,
+        value: np.uint64,
+        limit: int,
+        /,
+    ) -> tuple[U64, U64, I64]:
+        """Add up each group."""
+
+    def by_block(
+        self,
+        frames: U64,
+        mask: np.uint64,
+        value: np.uint64,
+        flag: np.uint64,
+        size: int,
+        /,
+    ) -> tuple[I64, I64, I64, I64]:
+        """Count such words by block of frames, and find those in none."""
+
+    def blocks_of(
+        self,
+        frames: U64,
+        order: U32,
+        offsets: I64,
+        which: NDArray[np.uint8],
+        mask: np.uint64,
+        value: np.uint64,
+        size: int,
+        /,
+    ) -> I64:
+        """Find the blocks of frames that groups lie in."""
+
+    def any_in_one_block(
+        self,
+        frames: U64,
+        order: U32,
+        offsets: I64,
+        skip: np.uint64,
+        mask: np.uint64,
+        value: np.uint64,
+        size: int,
+        /,
+    ) -> bool:
+        """Tell whether any group lies in one block."""
+
+
 @dataclass(frozen=True, slots=True)
 class Groups:
     """Contents with two mappings or more, as `_core.group` finds them.
@@ -276,28 +371,54 @@ class Groups:
     offsets: I64
     considered: int
     census: Census
+    passes: Passes
 
-    def batches(self, pages: int, without: Sequence[int] = ()) -> Iterator[tuple[int, int]]:
-        """Groups [first, last), so many at a time that they have `pages` pages at the most.
-
-        A larger one comes alone.
+    def sums(
+        self, frames: U64, limit: int, own: tuple[np.uint64, np.uint64], skip: np.uint64 = NO_FLAG
+    ) -> Sums:
+        """Sums for each group.
 
         Parameters
         ----------
-        pages : int
-        without : sequence of int
-            Groups, ascending, that are left out.
+        frames : uint64 array
+            Frame words of the pages.
+        limit : int
+            Mappings of a frame, for `Sums.room`.
+        own : (mask, value)
+            Pages with this value of these flags are known to have a frame of their own.
+        skip : int
+            Groups whose first page has any of these flags are passed by: their sums are 0, their
+            flags those of the first page.
         """
-        offsets, group = self.offsets, 0
-        for stop in (*without, len(offsets) - 1):
-            while group < stop:
-                end = int(np.searchsorted(offsets, offsets[group] + pages, "right")) - 1
-                end = min(max(group + 1, end), stop)
-                yield group, end
-                group = end
-            group = stop + 1
+        some, every, sums = self.passes.sums(frames, self.order, self.offsets, skip, *own, limit)
+        return Sums(some, every, *sums)
 
-    def all_zero(self, frames: U64) -> list[int]:
-        """Groups of all-zero pages, ascending: one, or one for each node that merges apart."""
-        first = frames[self.order[self.offsets[:-1]]]
-        return np.flatnonzero(first & Flag.ZERO).tolist()
+    def pieces(self) -> Iterator[Groups]:
+        """All groups, some thousand at a time: so arrays of one entry a group stay small.
+
+        Larger ones come from the kernel anew each time, and are touched for the first time. There
+        is one piece at the least.
+        """
+        for low in range(0, max(1, len(self.offsets) - 1), PIECE_GROUPS):
+            yield replace(self, offsets=self.offsets[low : low + PIECE_GROUPS + 1])
+
+    def of(self, which: Bool) -> tuple[U32, I64]:
+        """Pages of some groups, group after group, and how many each has."""
+        sizes = np.diff(self.offsets)[which]
+        if len(sizes) == len(which):
+            return self.order[self.offsets[0] : self.offsets[-1]], sizes
+        at = np.repeat(self.offsets[:-1][which] - np.cumsum(sizes) + sizes, sizes)
+        at += np.arange(len(at))
+        return self.order[at], sizes
+
+    def batches(self, pages: int) -> Iterator[tuple[int, int]]:
+        """Groups [first, last), so many at a time that they have `pages` pages at the most.
+
+        A larger one comes alone.
+        """
+        offsets, group, stop = self.offsets, 0, len(self.offsets) - 1
+        while group < stop:
+            end = int(np.searchsorted(offsets, offsets[group] + pages, "right")) - 1
+            end = min(max(group + 1, end), stop)
+            yield group, end
+            group = end

@@ -528,7 +528,7 @@ class _Looking:
 
     def _predict(self, pages: Pages) -> None:
         self.groups = grouping.group(pages, self.source.tally.threads)
-        mark_outside(pages, self.groups, self.source.sight)
+        mark_outside(pages, self.groups, self.source.sight, self.source.tally.threads)
         found = merge.predict(pages, self.groups, self.rules)
         untouched = stored.without_zeros(pages)
         if untouched is not None:

@@ -30,8 +30,8 @@ class Mapping(NamedTuple):
     swap_bytes: int
     resident_bytes: int
     """All that is mapped, pages of files and hugetlb included; not the shared zero page."""
-    shared_bytes: int
-    """Pages that others map too, of files or since a fork."""
+    shared_bytes: int | None
+    """Pages that others map too, of files or since a fork; None where smaps was not asked."""
     ksm_bytes: int | None
     """Bytes of KSM pages mapped, None where the kernel does not tell (before Linux 6.6)."""
     counted: bool = True
@@ -96,7 +96,7 @@ def parse(text: bytes) -> list[Mapping]:
 
 def mapping(start: int, end: int, perms: bytes, name: bytes, vm_flags: frozenset[str]) -> Mapping:
     """A mapping as /proc/PID/maps shows it, with what VmFlags are known otherwise; sizes 0."""
-    return Mapping(start, end, _text(perms), _text(name), vm_flags, 0, 0, 0, 0, 0, 0)
+    return Mapping(start, end, _text(perms), _text(name), vm_flags, 0, 0, 0, 0, None, 0)
 
 
 @lru_cache(_KNOWN)

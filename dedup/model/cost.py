@@ -17,7 +17,7 @@ import numpy as np
 
 from dedup.model import smart
 from dedup.model.merge import CHUNK_PAGES, RMAP_ITEM_BYTES, STABLE_NODE_BYTES
-from dedup.pages import FRAME_MASK, Flag
+from dedup.pages import Flag
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -54,12 +54,12 @@ TREE_PAGES: Final = 1024
 _TREE_LOG2: Final = 10
 
 _SLICES: Final = 128
+_EDGES: Final = np.linspace(0.0, 1.0, _SLICES + 1)
 _BATCHES: Final = 4096
 _FLOOR_SPREAD: Final = 0.2
 _WHEEL_LEVEL: Final = 63
 _WHEEL_SHIFT: Final = 3
 _NS: Final = 1e-9
-_NOWHERE: Final = np.uint64((1 << 64) - 1)
 # The mean of log2 over 1..n is log2(n) less this.
 _MEAN_LOG2: Final = 1 / math.log(2)
 
@@ -301,12 +301,11 @@ class _Scan:
         """Of the costs of equal slices, and the share of visits that search or merge."""
         self.pages = pages
         self.searches = searches
-        self.at = np.linspace(0.0, 1.0, len(cost_ns) + 1)
         self.ns = np.concatenate(([0.0], np.cumsum(cost_ns)))
 
     def until(self, part: F64 | float) -> F64:
         """Sum of the visits' CPU in ns, up to these parts of the scan."""
-        return np.asarray(np.interp(part, self.at, self.ns), dtype=np.float64)
+        return np.asarray(np.interp(part, _EDGES, self.ns), dtype=np.float64)
 
 
 class Way(NamedTuple):
@@ -333,6 +332,8 @@ class _Model:
     ) -> None:
         self.load, self.settings, self.costs = load, settings, costs
         self.factor, self.waiting = factor, waiting
+        self._sleep: float | None = None
+        """Of a batch that takes no time."""
 
     def _visit(self, unstable: F64, stable: F64 | float) -> F64:
         """A search in both trees, found nothing."""
@@ -419,6 +420,8 @@ class _Model:
         whole = int(pages // size)
         step = size / scan.pages if scan.pages else 0.0
         sample = min(whole, _BATCHES)
+        if self.costs is None:
+            return self._asleep(sample, whole, ends_with_batch=pages == whole * size)
         # The last one at the end of the arrays.
         begin = np.arange(sample + 1, dtype=np.float64) * (whole / sample if sample else 1.0) * step
         end = begin + step
@@ -435,10 +438,18 @@ class _Model:
             awake = before + float(awake_each[-1])
         return Way(cpu_seconds, before + last_asleep, awake)
 
+    def _asleep(self, sample: int, whole: int, *, ends_with_batch: bool) -> Way:
+        """The same where batches take no time: all sleeps are of one length."""
+        if self._sleep is None:
+            self._sleep = float(self._with_sleep(np.zeros(1))[0])
+        sleep = self._sleep
+        before = float(np.full(sample, sleep).sum()) * (whole / sample if sample else 0.0)
+        awake = before - sleep if sample and ends_with_batch else before
+        return Way(0.0, before + sleep, awake)
+
     def _batch_seconds(self, scan: _Scan, begin: F64, end: F64) -> F64:
         c = self.costs
-        if c is None:
-            return np.zeros(len(begin))
+        assert c is not None
         pages = (end - begin) * scan.pages
         cold = c.cold_ns * np.sqrt(np.maximum(0.0, pages * scan.searches))
         if self.settings.sleep_millisecs == 0:
@@ -687,16 +698,10 @@ def pair_in_huge_page(pages: Pages, groups: Groups) -> bool:
     both = Flag.THP | Flag.DUPLICATE
     if not groups.census.of(both | Flag.ZERO | Flag.HIDDEN, both):
         return False
-    for first, last in groups.batches(CHUNK_PAGES, groups.all_zero(pages.frames)):
-        offsets = groups.offsets[first : last + 1]
-        word = pages.frames[groups.order[offsets[0] : offsets[-1]]]
-        starts = offsets[:-1] - offsets[0]
-        inside = (word & (Flag.THP | Flag.HIDDEN)) == Flag.THP
-        folio = np.where(inside, (word & FRAME_MASK) // np.uint64(pages.huge_pages), _NOWHERE)
-        low, high = np.minimum.reduceat(folio, starts), np.maximum.reduceat(folio, starts)
-        if ((low == high) & (high != _NOWHERE)).any():
-            return True
-    return False
+    inside = Flag.THP | Flag.HIDDEN
+    return groups.passes.any_in_one_block(
+        pages.frames, groups.order, groups.offsets, Flag.ZERO, inside, Flag.THP, pages.huge_pages
+    )
 
 
 def load_of(pages: Pages, groups: Groups, prediction: Prediction, others: int = 0) -> Load:

@@ -6,21 +6,21 @@ Sources: mm/ksm.c (cmp_and_merge_page, stable_node_dup, try_to_merge_one_page), 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
 from dedup.model import fate, pins
 from dedup.model.fate import Members, closed_form
 from dedup.model.order import ON_ZERO_PAGE, Memory, Scanner
-from dedup.pages import FRAME_MASK, Flag, Groups
+from dedup.pages import FRAME_MASK, NO_FLAG, Flag
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dedup.model.fate import Fate
-    from dedup.pages import I64, U64, Bool, Index, Nodes, Pages
+    from dedup.pages import I64, U64, Bool, Groups, Index, Nodes, Pages, Sums
 
 RMAP_ITEM_BYTES: Final = 64
 STABLE_NODE_BYTES: Final = 64
@@ -194,6 +194,19 @@ class _Copies:
         )
 
 
+class _Merged(NamedTuple):
+    """What became of contents, as arrays."""
+
+    which: Bool
+    """Contents whose mappings are on nodes."""
+    one_frame: Bool
+    """Contents of one frame, shared by fork."""
+    left: I64
+    """Mappings on no node, of those contents of `which`."""
+    freed: I64
+    """Frames given back by these, at the least."""
+
+
 def predict(pages: Pages, groups: Groups, rules: Rules) -> Prediction:
     """Predict the counters for the pages of a scan.
 
@@ -275,6 +288,10 @@ class _Model:
         has taken out of KSM (mm/ksm.c, unstable_tree_search_insert); whether it does depends on
         the bytes of all pages in the tree.
         """
+        self.apart: bool | None = None
+        """See `_copies_apart`; None where nobody has asked yet."""
+        self.vanished = False
+        """All-zero pages of huge pages, beside others in theirs, are added up already."""
         self.safe_splits: set[int] | None = None
         """With pinned pages: the huge pages that split unless pinned themselves."""
         self.pinned = sum(-(-p.pinned_bytes // pages.page_size) for p in pages.processes)
@@ -309,21 +326,24 @@ class _Model:
         """
         mask, frames = NOT_STABLE | Flag.ZERO, self.pages.frames
         n = self.census.of(mask, Flag.ZERO)
-        known = mask | NOT_SIMPLE | Flag.THP | Flag.EXCLUSIVE
-        simple = self.census.of(known, Flag.ZERO | Flag.EXCLUSIVE) == n
         one = len(self.pages.processes) == 1 and self.nodes is None and self.blind == 1
         plain = one and not (self.rules.use_zero_pages or self.pinned)
         index = np.empty(0, np.int64)
-        if n and plain and simple:
-            self._plain_zero(n)
-        elif n and plain and self._huge_and_exclusive(n):
-            index = self._but_in_company(mask)
-        elif n:
-            chunks = range(0, len(frames), CHUNK_PAGES)
-            parts = [
-                np.flatnonzero((frames[a : a + CHUNK_PAGES] & mask) == Flag.ZERO) for a in chunks
-            ]
-            index = np.concatenate([p + a for a, p in zip(chunks, parts, strict=True)])
+        if n and plain and self._all_apart(mask, n):
+            passes = self.groups.passes
+            if not self.census.of(mask | Flag.THP, Flag.ZERO | Flag.THP):
+                outside = 0
+                if self.census.of(mask | Flag.EXCLUSIVE, Flag.ZERO):
+                    outside = passes.count(frames, mask | Flag.OUTSIDE, Flag.ZERO | Flag.OUTSIDE)
+                self._plain_zero(n, outside)
+                n = 0
+            elif not self.linked and not self.census.of(
+                ABSENT | Flag.THP | Flag.LOCKED, Flag.THP | Flag.LOCKED
+            ):
+                index = self._but_in_company(mask)
+                n = 0
+        if n:
+            index = self.groups.passes.select(frames, mask, Flag.ZERO)
         group, groups = np.broadcast_to(np.int64(0), len(index)), 1
         if self.nodes is not None and len(index):
             frame = (self.pages.frames[index] & FRAME_MASK).astype(np.int64)
@@ -331,84 +351,113 @@ class _Model:
             groups = len(names)
         return self._copies(index, group, groups)
 
-    def _huge_and_exclusive(self, n: int) -> bool:
-        """Whether all `n` all-zero pages have frames of their own, and no huge page is locked."""
-        mask = NOT_STABLE | NOT_SIMPLE | Flag.EXCLUSIVE
-        locked = ABSENT | Flag.THP | Flag.LOCKED
-        return (
-            not self.linked
-            and self.census.of(mask, Flag.ZERO | Flag.EXCLUSIVE) == n
-            and not self.census.of(locked, Flag.THP | Flag.LOCKED)
-        )
+    def _all_apart(self, mask: np.uint64, n: int) -> bool:
+        """Whether all `n` all-zero pages have frames of their own, none of them a KSM page's."""
+        if self.census.of(mask | Flag.KSM | Flag.HIDDEN, Flag.ZERO) != n:
+            return False
+        exclusive = self.census.of(mask | Flag.EXCLUSIVE, Flag.ZERO | Flag.EXCLUSIVE)
+        return exclusive == n or n == 1 or self._copies_apart()
+
+    def _copies_apart(self) -> bool:
+        """Whether all pages with a copy have frames of their own, KSM pages and hidden ones aside.
+
+        So it is in one process, but for what the kernel says of huge pages while they change.
+        """
+        if self.apart is None:
+            flags = Flag.DUPLICATE | Flag.KSM | Flag.HIDDEN | NOT_STABLE
+            self.apart = self.groups.passes.all_apart(self.pages.frames, flags, Flag.DUPLICATE)
+        return self.apart
 
     def _but_in_company(self, mask: np.uint64) -> I64:
         """Add up the all-zero pages of huge pages that have several; gives the other ones.
 
         Such a huge page splits, whatever else there is (see `_vanish`).
         """
-        frames, huge = self.pages.frames, Flag.THP
-        count, last = np.zeros(0, np.int64), np.zeros(0, np.int64)
-        for low in range(0, len(frames), CHUNK_PAGES):
-            word = frames[low : low + CHUNK_PAGES]
-            index = np.flatnonzero((word & (mask | huge)) == (Flag.ZERO | huge))
-            folio = (word[index] & FRAME_MASK).astype(np.int64) // self.pages.huge_pages
-            more = np.bincount(folio, minlength=len(count))
-            more[: len(count)] += count
-            count, last = more, np.append(last, np.zeros(len(more) - len(last), np.int64))
-            last[folio] = index + low
+        pages = self.pages
+        small, folio, count, last = self.groups.passes.by_block(
+            pages.frames, mask, Flag.ZERO, Flag.THP, pages.huge_pages
+        )
         several = count > 1
         n = int(count[several].sum())
+        self.vanished = n > 0
         self.cut |= n > 0
-        self.split.update(np.flatnonzero(several).tolist())
+        self.split.update(folio[several].tolist())
         self.gone.add(n)
         self.gone_by_process += n
         self.freed.add(n)
         self.zero_saved += n
-        small: I64 = np.empty(0, np.int64)
-        if self.census.of(mask | huge, Flag.ZERO):
-            small = np.flatnonzero((frames & (mask | huge)) == Flag.ZERO)
-        return np.sort(np.concatenate((small, last[count == 1])))
+        return np.sort(np.concatenate((small, last[~several])))
 
     def _all_but_simple(self) -> _Copies:
-        """Add up the contents of exclusive pages; give the others, all-zero ones left out.
+        """Add up the contents of one process that need no closer look; give the others.
 
-        They are most of what a scan finds. Each has as many frames as mappings, so that nothing
-        but its count decides.
+        They are most of what a scan finds. All-zero pages are left out.
         """
-        parts = [
-            self._but_simple(self.groups.order[low:high], self.groups.offsets[a : b + 1] - low)
-            for a, b in self.groups.batches(CHUNK_PAGES, self.groups.all_zero(self.pages.frames))
-            for low, high in (self.groups.offsets[[a, b]].tolist(),)
-        ]
-        if not parts:
-            none = np.empty(0, np.int64)
-            return self._copies(none, none, 0)
+        parts = [piece.of(self._but_simple(piece)) for piece in self.groups.pieces()]
         index, sizes = (np.concatenate(p) for p in zip(*parts, strict=True))
         return self._copies(index, np.repeat(np.arange(len(sizes)), sizes), len(sizes))
 
-    def _but_simple(self, index: Index, offsets: I64) -> tuple[Index, I64]:
-        """The same of some contents; gives the pages of the others, and how many each has."""
-        sizes, starts = np.diff(offsets), offsets[:-1]
-        word = self.pages.frames[index]
-        some, every = np.bitwise_or.reduceat(word, starts), np.bitwise_and.reduceat(word, starts)
-        simple = ((every & Flag.EXCLUSIVE) != 0) & ((some & NOT_SIMPLE) == 0)
-        nodes, left = closed_form(sizes, self.limit)
-        huge = (some & Flag.THP) != 0
-        # In a huge page the last in the order need not be the one left over.
-        simple &= ~huge | (left == 0 if not self.linked else np.zeros_like(huge))
-        # Which of several processes a mapping belongs to is the others' way to find out.
-        simple &= len(self.pages.processes) == 1
-        freed = np.where(simple, sizes - nodes - left, 0)
-        self._add_nodes(nodes, sizes, left, simple)
-        self.freed.add(int(freed.sum()))
+    def _but_simple(self, groups: Groups) -> Bool:
+        """The same of some contents; gives which of them are left."""
+        frames, sizes = self.pages.frames, np.diff(groups.offsets)
+        if len(self.pages.processes) > 1:
+            # Which of them a mapping belongs to is the others' way to find out.
+            return np.asarray((frames[groups.order[groups.offsets[:-1]]] & Flag.ZERO) == 0)
+        own = Flag.EXCLUSIVE | Flag.KSM | Flag.HIDDEN, Flag.EXCLUSIVE
+        unsure = Flag.DUPLICATE | Flag.KSM | Flag.HIDDEN | Flag.EXCLUSIVE
+        if self.census.of(unsure, Flag.DUPLICATE) and self._copies_apart():
+            own = Flag.KSM | Flag.HIDDEN, NO_FLAG
+        s = groups.sums(frames, self.limit, own, Flag.ZERO)
+        rest = (s.some & Flag.ZERO) == 0
+        clear = rest & ((s.some & Flag.HIDDEN) == 0)
+        if self.linked:
+            # What huge pages tie together is scanned.
+            clear &= ((s.every & Flag.EXCLUSIVE) != 0) & ((s.some & (NOT_SIMPLE | Flag.THP)) == 0)
+        merged = self._add_clear(s, sizes, clear)
+        freed = merged.freed
         self.within_saved += int(freed.sum())
-        self.merging += int((sizes - left)[simple].sum())
+        self.merging += int((sizes - merged.left)[merged.which].sum())
+        huge = merged.which & ((s.some & Flag.THP) != 0)
         if huge.any():
-            inside = word[np.repeat(simple & huge, sizes)]
-            inside = inside[(inside & Flag.THP) != 0] & FRAME_MASK
-            self.split.update(_values(inside.astype(np.int64) // self.pages.huge_pages))
-        rest = ~simple
-        return index[np.repeat(rest, sizes)], sizes[rest]
+            folios = groups.passes.blocks_of(
+                frames, groups.order, groups.offsets, huge.view(np.uint8),
+                Flag.THP, Flag.THP, self.pages.huge_pages,
+            )  # fmt: skip
+            self.split.update(folios.tolist())
+        return np.asarray(rest & ~merged.which & ~merged.one_frame)
+
+    def _add_clear(self, s: Sums, n: I64, clear: Bool) -> _Merged:
+        """Add up contents of which nothing is hidden, but those that need a closer look.
+
+        Parameters
+        ----------
+        s : Sums
+        n : int64 array
+            Mappings of each content.
+        clear : bool array
+            Which contents are meant.
+        """
+        d = s.ksm_frames + s.frames
+        outside, huge = s.outside > 0, (s.some & Flag.THP) != 0
+        nodes, left = closed_form(n, self.limit)
+        simple = (d == n) | (n <= self.limit)
+        plain = clear & (s.ksm == 0) & ((simple & (~outside | (left == 0))) | (d == 1))
+        one_frame = plain & (d == 1) & (n > 1)
+        # One frame alone, shared by fork: one mapping in the unstable tree, the rest in neither.
+        self.unshared.add(int(np.count_nonzero(one_frame)))
+        self.volatile.add(int((n[one_frame] - 1).sum()))
+        # In a huge page the last in the order need not be the one left over.
+        many = plain & (d >= 2) & ~(huge & (left > 0))
+        nodes, left = np.where(many, nodes, 0), np.where(many, left, 0)
+        # Where KSM pages have room for all that is new, or nothing is new.
+        new = n - s.ksm
+        joins = clear & (s.ksm > 0) & ~outside & ((new == 0) | (new <= s.room))
+        nodes = np.where(joins, s.ksm_frames, nodes)
+        which = many | joins
+        self._add_nodes(nodes, n, left, which)
+        low, high = _freed(np.where(which, d - nodes - left, 0), s.outside, nodes)
+        self.freed.add(int(low.sum()), int(high.sum()))
+        return _Merged(which, one_frame, left, low)
 
     # -- arrays --------------------------------------------------------------------------------
 
@@ -528,49 +577,27 @@ class _Model:
         if not len(c.index):
             return
         n = np.bincount(c.group, minlength=c.groups)
-        ksm = np.bincount(c.group, c.ksm, c.groups).astype(np.int64)
-        node, length = _mappings(c.group[c.ksm], c.frame[c.ksm])
-        old = np.bincount(node, minlength=c.groups)
-        room = np.bincount(node, np.maximum(0, self.limit - length), c.groups).astype(np.int64)
-        fresh = ~c.ksm
-        d = old + distinct(c.group[fresh], c.frame[fresh], c.groups, c.alone[fresh])
-        on = (c.word & Flag.OUTSIDE) != 0
-        out = distinct(c.group[on], c.frame[on], c.groups)
-        unclear = np.bincount(c.group, c.maybe_shared | c.maybe_ksm, c.groups) > 0
+        offsets = np.concatenate(([0], np.cumsum(n)))
+        index = c.index.astype(np.uint32, copy=False)
+        some = replace(self.groups, order=index, offsets=offsets)
+        # Of a huge page, the mark may be that of its first page (see `_Copies.alone`).
+        mask = Flag.EXCLUSIVE | Flag.KSM | Flag.THP
+        s = some.sums(self.pages.frames, self.limit, (mask, Flag.EXCLUSIVE))
+        unclear = np.zeros(c.groups, bool)
+        if (s.some & Flag.HIDDEN).any():
+            unclear = np.bincount(c.group, c.maybe_shared | c.maybe_ksm, c.groups) > 0
         if self.blind > 1:
             unclear[:] = True
-        outside = out > 0
-        huge = np.bincount(c.group, c.thp, c.groups) > 0
         there = n > 0
-        simple = (d == n) | (n <= self.limit)
-        nodes, left = closed_form(n, self.limit)
-        known = there & (ksm == 0) & ~unclear
-        plain = known & ((simple & (~outside | (left == 0))) | (d == 1))
-        one_frame = plain & (d == 1) & (n > 1)
-        # One frame alone, shared by fork: one mapping in the unstable tree, the rest in neither.
-        self.unshared.add(int(np.count_nonzero(one_frame)))
-        self.volatile.add(int((n[one_frame] - 1).sum()))
-        many = plain & (d >= 2) & ~(huge & (left > 0))
-        nodes, left = np.where(many, nodes, 0), np.where(many, left, 0)
-        # Where KSM pages have room for all that is new, or nothing is new.
-        new = n - ksm
-        joins = there & (ksm > 0) & ~unclear & ~outside & ((new == 0) | (new <= room))
-        nodes = np.where(joins, old, nodes)
-        merged = many | joins
-        self._add_nodes(nodes, n, left, merged)
-        freed = np.where(merged, d - nodes - left, 0)
-        # A frame that is mapped outside the scan too stays there, unless it is the node's.
-        most = np.maximum(0, freed - np.maximum(0, out - nodes))
-        freed = np.maximum(0, freed - out)
-        self.freed.add(int(freed.sum()), int(most.sum()))
-        self._add_merging(c, merged, left)
-        self._add_breakdown(c, merged, freed)
-        split = c.take(c.thp & merged[c.group])
+        merged = self._add_clear(s, n, there & ~unclear)
+        self._add_merging(c, merged.which, merged.left)
+        self._add_breakdown(c, merged.which, merged.freed)
+        split = c.take(c.thp & merged.which[c.group])
         self.split.update(_values(self._folio_of(split)))
-        unknown = self._unknown_forks(c, n, there & ~(huge | outside))
-        for g in np.flatnonzero(there & ~one_frame & ~merged & ~unknown).tolist():
-            lo, hi = np.searchsorted(c.group, [g, g + 1])
-            self._special(c.take(slice(int(lo), int(hi))))
+        apart = ((s.some & Flag.THP) != 0) | (s.outside > 0)
+        unknown = self._unknown_forks(c, n, there & ~apart)
+        for g in np.flatnonzero(there & ~merged.one_frame & ~merged.which & ~unknown).tolist():
+            self._special(c.take(slice(int(offsets[g]), int(offsets[g + 1]))))
 
     def _unknown_forks(self, c: _Copies, n: I64, among: Bool) -> Bool:
         """Add up contents of which nothing is known but one hidden, shared mapping a process.
@@ -742,8 +769,9 @@ class _Model:
         empties the batch (mm/mlock.c, munlock_folio). Where such a page lies in the unstable tree,
         a merge with it fails half way.
         """
-        locked: Bool = np.asarray(((c.word & Flag.LOCKED) != 0) & ~c.alone & ~c.ksm)
+        locked: Bool = np.asarray((c.word & Flag.LOCKED) != 0)
         if locked.any():
+            locked &= ~c.alone & ~c.ksm
             _, which, mappings = np.unique(c.frame, return_inverse=True, return_counts=True)
             locked &= (mappings[which] > 1) | c.maybe_shared
         return locked
@@ -841,19 +869,22 @@ class _Model:
             self._special(c)
         elif len(self.pages.processes) == 1 and c.alone.all() and not (c.thp | c.maybe_ksm).any():
             self._plain_zero(len(c.index))
-        elif vanishing.any():
+        elif vanishing.any() or self.vanished:
             self._vanish(c, folio, vanishing)
         else:
             self._special(c)
 
-    def _plain_zero(self, n: int) -> None:
-        """Small, exclusive, of one process: nothing but their number decides."""
+    def _plain_zero(self, n: int, outside: int = 0) -> None:
+        """Small, of one process, a frame each: nothing but their number decides.
+
+        So many of the frames are mapped outside the scan too.
+        """
         sizes = np.array([n])
         nodes, left = closed_form(sizes, self.limit)
         self._add_nodes(nodes, sizes, left, np.ones(1, bool))
-        freed = int((sizes - nodes - left)[0])
-        self.freed.add(freed)
-        self.zero_saved += freed
+        low, high = _freed(sizes - nodes - left, np.array([outside]), nodes)
+        self.freed.add(int(low[0]), int(high[0]))
+        self.zero_saved += int(low[0])
         self.merging += n - int(left[0])
 
     def _to_zero_page(self, c: _Copies, folio: I64, vanishing: Bool) -> None:
@@ -1175,7 +1206,7 @@ def by_node(pages: Pages, groups: Groups, nodes: Nodes) -> tuple[Groups, Index]:
     counts = np.diff(np.append(starts, len(index)))
     several = np.repeat(counts >= 2, counts)
     offsets = np.concatenate(([0], np.cumsum(counts[counts >= 2])))
-    kept = Groups(index[several], offsets.astype(np.int64), groups.considered, groups.census)
+    kept = replace(groups, order=index[several], offsets=offsets.astype(np.int64))
     return kept, index[~several]
 
 
@@ -1185,6 +1216,15 @@ def _joined(a: _Copies, b: _Copies) -> _Copies:
     parts = {n: np.concatenate((getattr(a, n), getattr(b, n))) for n in names}
     group = np.concatenate((a.group, b.group + a.groups))
     return _Copies(**parts, group=group, groups=a.groups + b.groups)
+
+
+def _freed(frames: I64, outside: I64, nodes: I64) -> tuple[I64, I64]:
+    """Frames given back at the least and at the most, of those that merging leaves unused.
+
+    A frame that is mapped outside the scan too stays there, unless it is a node's.
+    """
+    most = np.maximum(0, frames - np.maximum(0, outside - nodes))
+    return np.maximum(0, frames - outside), most
 
 
 def _starts(ascending: I64) -> Bool:

@@ -17,13 +17,13 @@ import numpy as np
 
 from dedup.model import merge, steady
 from dedup.model.merge import distinct
-from dedup.pages import FRAME_MASK, Flag
+from dedup.pages import FRAME_MASK, NO_FLAG, Flag
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dedup.model.merge import Prediction, Rules
-    from dedup.pages import Bool, Groups, Pages
+    from dedup.pages import I64, Groups, Pages
 
 PERIOD: Final = 9
 """Scans from one visit of an old page to the next."""
@@ -116,11 +116,11 @@ def forecast(
         already and has not merged are of an age that can't be seen: they may merge or not.
     """
     unsure = _unsure(pages, groups, rules)
-    count = int(np.count_nonzero(unsure))
+    count = len(unsure)
     if not count:
         return _of(prediction, prediction, never=(0, 0), scans=(2, 2))
     frames = pages.frames.copy()
-    frames[groups.order[unsure]] |= Flag.VOLATILE
+    frames[unsure] |= Flag.VOLATILE
     apart = replace(pages, frames=frames)
     low = merge.predict(apart, group(apart), rules)
     return _of(low, prediction, never=(0, count), scans=(2, LATEST_MEETING))
@@ -160,22 +160,27 @@ def _low(smart: SmartScan, name: str) -> int:
     return int(smart.bounds[name][0] if value is None else value)
 
 
-def _unsure(pages: Pages, groups: Groups, rules: Rules) -> Bool:
-    """Which mappings of `groups.order` may never meet a partner."""
-    order = groups.order
-    nobody = np.zeros(len(order), bool)
+def _unsure(pages: Pages, groups: Groups, rules: Rules) -> I64:
+    """Which mappings may never meet a partner."""
+    nobody = np.empty(0, np.int64)
     followed = np.array(
         [r.advised and pages.processes[r.process].ksm_rmap_items > 0 for r in pages.regions], bool
     )
-    if not len(order) or not followed.any():
+    unmerged = groups.census.of(Flag.DUPLICATE | Flag.KSM, Flag.DUPLICATE)
+    if not unmerged or not followed.any():
         return nobody
+    # What is merged altogether needs no closer look.
+    parts = [
+        piece.of((piece.sums(pages.frames, 0, (NO_FLAG, NO_FLAG)).every & Flag.KSM) == 0)
+        for piece in groups.pieces()
+    ]
+    order, sizes = (np.concatenate(p) for p in zip(*parts, strict=True))
     word = pages.frames[order]
     frame = (word & FRAME_MASK).astype(np.int64)
     hidden = (word & Flag.HIDDEN) != 0
     frame[hidden] = -1 - order[hidden].astype(np.int64)
     ksm = (word & Flag.KSM) != 0
     old = followed[pages.region_of(order)] & ~ksm
-    sizes = np.diff(groups.offsets)
     number = np.repeat(np.arange(len(sizes)), sizes)
     fresh = distinct(number[~old & ~ksm], frame[~old & ~ksm], len(sizes))
     aged = distinct(number[old], frame[old], len(sizes))
@@ -187,7 +192,7 @@ def _unsure(pages: Pages, groups: Groups, rules: Rules) -> Bool:
     if rules.use_zero_pages:
         # To the shared zero page a page goes alone.
         unsure &= np.bincount(number, (word & Flag.ZERO) != 0, len(sizes)) == 0
-    return np.asarray(unsure[number] & ~ksm)
+    return np.asarray(order[unsure[number] & ~ksm])
 
 
 def _of(

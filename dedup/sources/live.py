@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 
+from dedup import _core
 from dedup.errors import (
     DedupError,
     NoSuchProcess,
@@ -40,6 +41,8 @@ Scope = Literal["compatible", "advised"]
 
 BATCH_PROCESSES: Final = 128
 BATCH_BYTES: Final = 4 << 30
+SPAN_MOST: Final = 8
+"""Frames from the lowest to the highest, times those there are, for which a table is made."""
 
 
 @dataclass(slots=True)
@@ -433,7 +436,7 @@ class LiveSource:
             whole = Region(
                 process, m.start, m.end, m.perms, m.name, m.vm_flags, not why, why, advised,
                 scanned, m.anonymous_bytes, m.anon_huge_bytes, m.swap_bytes, m.ksm_bytes or 0,
-                m.resident_bytes,
+                m.resident_bytes, True, False, m.shared_bytes or 0,
             )  # fmt: skip
             if spans:
                 for part in _inside(whole, spans):
@@ -510,32 +513,84 @@ def _inside(region: Region, ranges: Iterable[tuple[int, int]]) -> Iterable[Regio
             yield region._replace(start=start, end=end)
 
 
-def mark_outside(pages: Pages, groups: Groups, sight: Sight) -> None:
+def mark_outside(pages: Pages, groups: Groups, sight: Sight, threads: int = 1) -> None:
     """Mark duplicates whose frame is mapped by processes outside the scan too.
 
     Such a frame stays when our mappings of it merge elsewhere. Only root can see it.
+
+    Parameters
+    ----------
+    pages : Pages
+    groups : Groups
+        Of these pages, just grouped.
+    sight : Sight
+    threads : int, optional
+        That ask the kernel.
     """
     if not sight.kpagecount:
         return
     known = Flag.EXCLUSIVE | Flag.KSM | Flag.HIDDEN
-    if not groups.census.of(Flag.DUPLICATE | known, Flag.DUPLICATE):
+    mask = Flag.DUPLICATE | known
+    if not groups.census.of(mask, Flag.DUPLICATE):
         return
-    # As they lie in memory, so that the frames of a huge page are asked for at once.
-    index = np.sort(groups.order[(pages.frames[groups.order] & known) == 0])
+    value, frames = Flag.DUPLICATE, pages.frames
     one = len(pages.processes) == 1
     if one and sight.pagemap_scan:
         # Its pages have a frame each, KSM pages apart: what is not exclusive is mapped elsewhere.
+        _core.put(frames, mask | Flag.THP, value, Flag.OUTSIDE)
         # The mark of a huge page says less (`_add_ranges`).
-        huge = (pages.frames[index] & Flag.THP) != 0
-        pages.frames[index[~huge]] |= Flag.OUTSIDE
-        index = index[huge]
-    frame = (pages.frames[index] & FRAME_MASK).astype(np.int64)
+        mask, value = mask | Flag.THP, value | Flag.THP
+        if not groups.census.of(mask, value):
+            return
+        if pages.looks == 1:
+            _mark_shared_throughout(pages, mask, value)
+            mask |= Flag.OUTSIDE
+    # As they lie in memory, so that the frames of a huge page are asked for at once.
+    index = _core.select(frames, mask, value)
+    frame = (frames[index] & FRAME_MASK).astype(np.int64)
     if one:
-        outside = pagemap.mappings_of(frame) > 1
+        outside = pagemap.mappings_of(frame, threads=threads) > 1
     else:
-        frames, which, seen = np.unique(frame, return_inverse=True, return_counts=True)
-        outside = (pagemap.mappings_of(frames) > seen)[which]
-    pages.frames[index[outside]] |= Flag.OUTSIDE
+        distinct, which, seen = _distinct(frame)
+        outside = (pagemap.mappings_of(distinct, threads=threads) > seen)[which]
+    frames[index[outside]] |= Flag.OUTSIDE
+
+
+def _distinct(frames: I64) -> tuple[I64, I64, I64]:
+    """Distinct frames, ascending; which of them each one is; how often each is there."""
+    if not len(frames):
+        return frames, frames, frames
+    low = int(frames.min())
+    span = int(frames.max()) - low + 1
+    if span > SPAN_MOST * len(frames):
+        distinct, which, seen = np.unique(frames, return_inverse=True, return_counts=True)
+        return distinct, which, seen
+    # Where they lie close together, by a table: to sort them takes many times as long.
+    seen = np.bincount(frames - low)
+    (distinct,) = np.nonzero(seen)
+    place = np.empty(span, np.int64)
+    place[distinct] = np.arange(len(distinct))
+    return distinct + low, place[frames - low], seen[distinct]
+
+
+def _mark_shared_throughout(pages: Pages, mask: np.uint64, value: np.uint64) -> None:
+    """Mark pages of huge pages in regions all of whose pages others map too, as smaps said.
+
+    To ask for the mappings of each page takes far longer. Asked for is one page of each huge page:
+    should any not be shared, smaps is out of date, and nothing is marked.
+
+    Source: fs/proc/task_mmu.c (smaps_account), fs/proc/page.c (get_kpage_count): both go by the
+    mappings of the page, or, without CONFIG_PAGE_MAPCOUNT, by those of the huge page.
+    """
+    through = np.array([r.shared_throughout for r in pages.regions], bool)
+    if not through.any():
+        return
+    runs = through[pages.run_region]
+    first, count = pages.run_first[runs], pages.run_count[runs]
+    one_of_each = _core.block_heads(pages.frames, first, count, mask, value, pages.huge_pages)
+    frame = (pages.frames[one_of_each] & FRAME_MASK).astype(np.int64)
+    if (pagemap.mappings_of(frame) > 1).all():
+        _core.put_in_runs(pages.frames, first, count, mask, value, Flag.OUTSIDE)
 
 
 def wait_until(moment: float, progress: Callable[[str, int, int], None] | None = None) -> None:

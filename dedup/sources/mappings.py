@@ -236,8 +236,6 @@ def _counted(fd: int, found: list[maps.Mapping]) -> list[maps.Mapping]:
             anonymous_bytes=anonymous,
             anon_huge_bytes=as_one,
             resident_bytes=resident,
-            # Which of them are shared is not known: all may be, which only takes longer.
-            shared_bytes=anonymous if as_one else 0,
         )
     return found
 

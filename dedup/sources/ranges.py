@@ -67,7 +67,7 @@ class Chooser:
         # Of a huge page mapped as one, each page has the exclusive mark of the first. Where a
         # relative wrote to that one alone, the others are shared all the same, and would be
         # unshared by process_vm_readv.
-        shared = _core.RANGE_SHARED if m.shared_bytes else 0
+        shared = 0 if m.shared_bytes == 0 else _core.RANGE_SHARED
         sparse = m.anonymous_bytes * 2 < size
         start, end = region.start, region.end
         if self.sight.pagemap_scan and (sparse or m.anon_huge_bytes or not self.sight.frames):

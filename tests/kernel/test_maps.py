@@ -96,6 +96,7 @@ def mappings(draw: st.DrawFn) -> maps.Mapping:
 def smaps_of(m: maps.Mapping) -> str:
     """As fs/proc/task_mmu.c prints it, with fields that we don't read between."""
     resident = m.resident_bytes // 1024
+    assert m.shared_bytes is not None
     shared = m.shared_bytes // 1024
     lines = [
         f"{m.start:08x}-{m.end:08x} {m.perms} 00000000 00:00 0".ljust(73) + m.name,

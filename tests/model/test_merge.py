@@ -7,13 +7,14 @@ import random
 import secrets
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dedup import grouping
 from dedup.model.merge import PROCESS_FIELDS, Prediction, Rules, _Model, predict
-from dedup.pages import Flag
+from dedup.pages import FRAME_MASK, Flag
 from tests.model.layouts import UNIQUE, Layout, layouts, prediction
 from tests.model.simulator import ZERO
 from tests.model.twin import FIELDS
@@ -95,15 +96,33 @@ def test_all_zero_pages_in_huge_pages_are_exact_below_the_limit(
 
 
 @COMMON
-@given(layouts(fork=False, ksm=False), LIMITS)
-def test_all_zero_pages_of_huge_pages_add_up_to_the_same_at_once(
-    layout: Layout, limit: int
+@given(layouts(), LIMITS, st.booleans())
+def test_one_process_adds_up_to_the_same_at_once(
+    layout: Layout, limit: int, use_zero_pages: bool
 ) -> None:
-    one = Layout([layout.processes[0]], [layout.zero_pages[0]])
-    at_once = prediction(one, Rules(limit))
+    """What shortens the way of a lone process: frames that others share with it, or KSM pages."""
+    pages = layout.pages()
+    mine = pages.process_of_region()[pages.region_of(np.arange(len(pages.frames)))] == 0
+    frames = pages.frames & FRAME_MASK
+    elsewhere = mine & np.isin(frames, frames[~mine])
+    alone = Layout([layout.processes[0]], [layout.zero_pages[0]]).pages()
+    order = np.argsort(alone.scan_order(np.arange(len(alone.frames))))
+    shared = np.zeros(len(order), bool)
+    shared[order] = elsewhere[mine][np.argsort(pages.scan_order(np.flatnonzero(mine)))]
+    alone.frames[shared] &= ~Flag.EXCLUSIVE
+    groups = grouping.group(alone)
+    copies = (alone.frames & (Flag.DUPLICATE | Flag.KSM)) == Flag.DUPLICATE
+    alone.frames[shared & copies] |= Flag.OUTSIDE
+    rules = Rules(limit, use_zero_pages)
+    at_once = predict(alone, groups, rules)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Model, "_huge_and_exclusive", lambda *_: False)
-        one_by_one = prediction(one, Rules(limit))
+        patch.setattr(_Model, "_all_apart", lambda *_: False)
+        patch.setattr(_Model, "_copies_apart", lambda *_: False)
+        patch.setattr(
+            _Model, "_but_simple",
+            lambda m, g: (m.pages.frames[g.order[g.offsets[:-1]]] & Flag.ZERO) == 0,
+        )  # fmt: skip
+        one_by_one = predict(alone, groups, rules)
     assert at_once == one_by_one
 
 
