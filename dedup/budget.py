@@ -1,0 +1,312 @@
+"""A scan within a budget of memory: everything where that fits, else a sample by content."""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from dedup import sampling, scanning
+from dedup.errors import NoSuchProcess, NotPermitted, Refused, Usage
+from dedup.estimate import content
+from dedup.kernel import memory, numa, pagemap, processes
+from dedup.pages import Flag
+from dedup.sampling import Sampled
+from dedup.sources.live import LiveSource, mark_outside
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dedup.estimate.content import Stock
+    from dedup.kernel.pagemap import Sight
+    from dedup.model.merge import Rules
+    from dedup.pages import U64, Groups, Pages
+    from dedup.scanning import Plan, Scan
+
+FIXED_BYTES: Final = 16 << 20
+"""Of a scan, for all that goes neither by pages nor by threads: modules, the model's tables."""
+THREAD_BYTES: Final = 5 << 19
+"""Of each reading thread: its buffer and stack."""
+MAPPING_BYTES: Final = 2400
+"""Of each mapping: what smaps says of it, and its region."""
+PROCESS_BYTES: Final = 8 << 10
+SIMPLE_BYTES: Final = 44
+"""Of a page in a full scan, where nothing but the number of copies decides: exclusive pages of one
+process whose frames are known."""
+PAGE_BYTES: Final = 170
+"""Of any other, at the most: each of them has a copy."""
+KEPT_BYTES: Final = 150
+"""Of a page of a sample: as a rule its neighbours are not in it, so that it is a run by itself."""
+LEAST_PAGES: Final = 20_000
+"""Of a sample: with fewer nothing useful follows."""
+PILOT_PAGES: Final = 1 << 16
+PILOT_RATE_MOST: Final = 0.2
+MARGIN: Final = 0.8
+"""Of the room, what is expected to be kept."""
+FRAMES_PART: Final = 4
+"""A content is in the sample this much more often than another page is kept by its frame."""
+TRIES: Final = 6
+MIB: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Need:
+    """What a scan takes, in bytes."""
+
+    fixed: int
+    everything: int
+    """At the most."""
+
+    @property
+    def least(self) -> int:
+        """With the smallest sample."""
+        return self.fixed + (LEAST_PAGES + PILOT_PAGES) * KEPT_BYTES
+
+
+def scan_pids(
+    pids: Sequence[int],
+    memory_bytes: int,
+    plan: Plan | None = None,
+    *,
+    own_bytes: int = 0,
+    whole: str = "",
+) -> Scan | Sampled:
+    """Scan live processes within a budget of memory.
+
+    Parameters
+    ----------
+    pids : sequence of int
+    memory_bytes : int
+        The budget.
+    plan : Plan, optional
+    own_bytes : int
+        What of the budget this process has taken already.
+    whole : str
+        The options, if any, that need everything to be kept.
+
+    Raises
+    ------
+    Usage
+        Not even the smallest sample fits, or `whole` is wanted and everything does not.
+    Refused
+        A sample can't tell what is asked for.
+    NoSuchProcess, NoMemory, NotPermitted, ProcessGone
+        As `dedup.scanning.scan_pids`.
+    """
+    plan = plan or scanning.Plan()
+    if plan.passes is not None and plan.passes < 1:
+        raise Usage("--passes takes a number from 1 on")
+    begin = time.monotonic()
+    sight = pagemap.sight()
+    threads = plan.options.threads or memory.default_threads()
+    need = _need(pids, sight, threads)
+    room = memory_bytes - own_bytes
+    if need.everything <= room:
+        return scanning.scan_pids(pids, plan)
+    if need.least > room:
+        least = math.ceil((need.least + own_bytes) / MIB)
+        raise Usage(
+            f"{_size(memory_bytes)} are too little memory for this scan, even of a sample",
+            f"`--memory {least}M` at the least",
+        )
+    pilot = _Pilot.of(pids, plan)
+    fixed = max(need.fixed, _fixed(threads, len(pilot.pages.regions), len(pilot.pages.processes)))
+    if fixed + pilot.full_bytes() <= room:
+        del pilot
+        return scanning.scan_pids(pids, plan)
+    if whole or plan.partial_passes:
+        words = whole or "--partial-passes"
+        everything = math.ceil((need.everything + own_bytes) / MIB)
+        raise Usage(
+            f"{words} needs all pages, and they do not fit into {_size(memory_bytes)}",
+            f"`--memory {everything}M`, or leave out `{words.split(' ', 1)[0].rstrip(',')}`",
+        )
+    return _Sample(pids, plan, memory_bytes, begin).run(pilot, (room - fixed) // KEPT_BYTES)
+
+
+def _size(n: int) -> str:
+    """For people, as `--memory` takes it."""
+    return f"{n / MIB:g}M" if n < MIB << 10 else f"{n / (MIB << 10):g}G"
+
+
+def _fixed(threads: int, mappings: int, count: int) -> int:
+    return FIXED_BYTES + threads * THREAD_BYTES + mappings * MAPPING_BYTES + count * PROCESS_BYTES
+
+
+def _need(pids: Sequence[int], sight: Sight, threads: int) -> _Need:
+    pages = mappings = 0
+    for pid in pids:
+        try:
+            with processes.of_process(pid) as handle:
+                pages += handle.info.anonymous_bytes // sight.page_size
+                mappings += handle.read("maps").count(b"\n")
+        except (NoSuchProcess, NotPermitted):
+            continue
+    fixed = _fixed(threads, mappings, len(pids))
+    return _Need(fixed, fixed + pages * PAGE_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pilot:
+    """A small sample of the frames: what is there, and which contents are there very often."""
+
+    pages: Pages
+    seed: int
+    present: int
+    simple: int
+    """Pages for which nothing but the number of copies decides."""
+    counted: U64
+    """Contents to count, all-zero pages first."""
+    rest: float
+    """Part of the pages that has other contents."""
+
+    @classmethod
+    def of(cls, pids: Sequence[int], plan: Plan) -> _Pilot:
+        sight = pagemap.sight()
+        expected = 1
+        for pid in pids:
+            try:
+                with processes.of_process(pid) as handle:
+                    expected += handle.info.anonymous_bytes // sight.page_size
+            except NoSuchProcess:
+                continue
+        rate = min(PILOT_RATE_MOST, PILOT_PAGES / expected)
+        source = LiveSource(list(pids), replace(plan.options, sample=rate))
+        pages = source.first_look()
+        found = sampling.present_of(source)
+        there = (pages.frames & Flag.UNREAD) == 0
+        zero = memory.zero_hash(sight.page_size, source.seed)
+        counted = content.often(pages.hashes[there], zero)
+        some = np.isin(pages.hashes[there], counted)
+        alone = len(pages.processes) == 1 and pages.frames_known
+        return cls(
+            pages,
+            source.seed,
+            found.pages,
+            max(0, found.exclusive - found.ksm) if alone else 0,
+            counted,
+            1 - float(some.mean()) if len(some) else 1.0,
+        )
+
+    def full_bytes(self) -> int:
+        """What all pages take in a full scan, at the most."""
+        return self.simple * SIMPLE_BYTES + (self.present - self.simple) * PAGE_BYTES
+
+
+@dataclass(slots=True)
+class _Sample:
+    pids: Sequence[int]
+    plan: Plan
+    memory_bytes: int
+    begin: float
+
+    def run(self, pilot: _Pilot, room: int) -> Sampled:
+        plan = self.plan
+        tunables = scanning.tunables()
+        assumed = {**tunables, **plan.assumed}
+        rules = scanning.rules_of(assumed)
+        self._refuse(pilot.pages, rules)
+        rate = min(1.0, MARGIN * room / pilot.present / (pilot.rest + 1 / FRAMES_PART))
+        counted, seed = pilot.counted, pilot.seed
+        del pilot
+        begin = time.monotonic()
+        source, rate = self._first_look(counted, seed, rate, room)
+        stock = self._stock(source, counted, rate)
+        full_scan = plan.full_scan_seconds or sampling.full_scan_of(stock.present.pages, assumed)
+        began = sampling.look_on(source, plan, begin, full_scan)
+        pages, sight = source.pages, source.sight
+        assert pages is not None
+        present, by_process = sampling.present_of(source), sampling.by_process_of(source)
+
+        def mark(some: Pages, groups: Groups) -> None:
+            mark_outside(some, groups, sight)
+
+        estimate = content.estimate(
+            pages,
+            stock,
+            present,
+            by_process,
+            rules,
+            mark if sight.kpagecount else None,
+            pagemap.mappings_of if sight.kpagecount else None,
+        )
+        return Sampled(
+            kernel=platform.release(),
+            tunables=tunables,
+            pages=pages,
+            present=present,
+            by_process=by_process,
+            estimate=estimate,
+            rules=rules,
+            tally=source.tally,
+            rate=rate,
+            within_seconds=None,
+            seed=source.seed,
+            seconds=time.monotonic() - self.begin,
+            looks_seconds=[t - self.begin for t in began],
+            full_scan_seconds=full_scan,
+            scope=plan.options.scope,
+            pagemap_scan=sight.pagemap_scan,
+            cost=sampling.cost_of(estimate, assumed),
+            assumed=dict(plan.assumed),
+            memory_bytes=self.memory_bytes,
+            frame_rate=stock.frame_rate,
+        )
+
+    @staticmethod
+    def _refuse(pages: Pages, rules: Rules) -> None:
+        if not rules.merge_across_nodes and numa.nodes() is not None:
+            raise Refused(
+                "with merge_across_nodes 0 a content is another one on each node, and a sample "
+                "can't tell how they are spread",
+                "leave out `--memory`, or give more",
+            )
+        if any(p.pinned_bytes for p in pages.processes):
+            raise Refused(
+                "a process has pinned memory (VmPin): which contents that blocks, a sample can't "
+                "tell",
+                "leave out `--memory`, give more, or leave out that process",
+            )
+
+    def _first_look(
+        self, counted: U64, seed: int, rate: float, room: int
+    ) -> tuple[LiveSource, float]:
+        """Look until what is to be kept has room; gives the rate at which it has."""
+        for _ in range(TRIES):
+            below = min((1 << 64) - 1, max(1, int(rate * (1 << 64))))
+            options = replace(
+                self.plan.options,
+                seed=seed,
+                sample=rate / FRAMES_PART,
+                content=memory.Content(below, counted, room),
+            )
+            source = LiveSource(list(self.pids), options)
+            try:
+                source.first_look()
+            except memory.Full:
+                rate /= 2
+                continue
+            return source, rate
+        raise Refused(
+            "the memory changes too fast for a sample that fits",
+            "leave out `--memory`, or give more",
+        )
+
+    @staticmethod
+    def _stock(source: LiveSource, counted: U64, rate: float) -> Stock:
+        pages, chosen = source.pages, source.options.content
+        assert pages is not None
+        assert chosen is not None
+        return content.take_stock(
+            pages,
+            chosen.chosen(pages.hashes),
+            counted,
+            source.counted,
+            sampling.present_of(source),
+            rate,
+            rate / FRAMES_PART,
+        )
