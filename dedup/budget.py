@@ -86,7 +86,7 @@ def scan_pids(
     own_bytes : int
         What of the budget this process has taken already.
     whole : str
-        The options, if any, that need everything to be kept.
+        An option, if any, that needs everything to be kept.
 
     Raises
     ------
@@ -110,7 +110,7 @@ def scan_pids(
     if need.least > room:
         least = math.ceil((need.least + own_bytes) / MIB)
         raise Usage(
-            f"{_size(memory_bytes)} are too little memory for this scan, even of a sample",
+            f"{size(memory_bytes)} is too little memory for this scan, even for a sample",
             f"`--memory {least}M` at the least",
         )
     pilot = _Pilot.of(pids, plan)
@@ -122,13 +122,13 @@ def scan_pids(
         words = whole or "--partial-passes"
         everything = math.ceil((need.everything + own_bytes) / MIB)
         raise Usage(
-            f"{words} needs all pages, and they do not fit into {_size(memory_bytes)}",
-            f"`--memory {everything}M`, or leave out `{words.split(' ', 1)[0].rstrip(',')}`",
+            f"{words} needs all pages to be kept, and they do not fit into {size(memory_bytes)}",
+            f"`--memory {everything}M`, or leave out `{words}`",
         )
     return _Sample(pids, plan, memory_bytes, begin).run(pilot, (room - fixed) // KEPT_BYTES)
 
 
-def _size(n: int) -> str:
+def size(n: int) -> str:
     """For people, as `--memory` takes it."""
     return f"{n / MIB:g}M" if n < MIB << 10 else f"{n / (MIB << 10):g}G"
 
@@ -159,8 +159,7 @@ class _Pilot:
     present: int
     simple: int
     """Pages for which nothing but the number of copies decides."""
-    counted: U64
-    """Contents to count, all-zero pages first."""
+    told: content.Pilot
     rest: float
     """Part of the pages that has other contents."""
 
@@ -180,15 +179,15 @@ class _Pilot:
         found = sampling.present_of(source)
         there = (pages.frames & Flag.UNREAD) == 0
         zero = memory.zero_hash(sight.page_size, source.seed)
-        counted = content.often(pages.hashes[there], zero)
-        some = np.isin(pages.hashes[there], counted)
+        told = content.Pilot.of(pages.hashes[there], zero, rate)
+        some = np.isin(pages.hashes[there], told.counted)
         alone = len(pages.processes) == 1 and pages.frames_known
         return cls(
             pages,
             source.seed,
             found.pages,
             max(0, found.exclusive - found.ksm) if alone else 0,
-            counted,
+            told,
             1 - float(some.mean()) if len(some) else 1.0,
         )
 
@@ -211,13 +210,12 @@ class _Sample:
         rules = scanning.rules_of(assumed)
         self._refuse(pilot.pages, rules)
         rate = min(1.0, MARGIN * room / pilot.present / (pilot.rest + 1 / FRAMES_PART))
-        counted, seed = pilot.counted, pilot.seed
+        told, seed = pilot.told, pilot.seed
         del pilot
-        begin = time.monotonic()
-        source, rate = self._first_look(counted, seed, rate, room)
-        stock = self._stock(source, counted, rate)
+        source, rate, first = self._first_look(told.counted, seed, rate, room)
+        stock = self._stock(source, told, rate)
         full_scan = plan.full_scan_seconds or sampling.full_scan_of(stock.present.pages, assumed)
-        began = sampling.look_on(source, plan, begin, full_scan)
+        began = sampling.look_on(source, plan, first, full_scan)
         pages, sight = source.pages, source.sight
         assert pages is not None
         present, by_process = sampling.present_of(source), sampling.by_process_of(source)
@@ -247,7 +245,7 @@ class _Sample:
             within_seconds=None,
             seed=source.seed,
             seconds=time.monotonic() - self.begin,
-            looks_seconds=[t - self.begin for t in began],
+            looks_seconds=[t - first for t in began],
             full_scan_seconds=full_scan,
             scope=plan.options.scope,
             pagemap_scan=sight.pagemap_scan,
@@ -274,8 +272,8 @@ class _Sample:
 
     def _first_look(
         self, counted: U64, seed: int, rate: float, room: int
-    ) -> tuple[LiveSource, float]:
-        """Look until what is to be kept has room; gives the rate at which it has."""
+    ) -> tuple[LiveSource, float, float]:
+        """Look until what is to be kept has room; gives the rate, and when that look began."""
         for _ in range(TRIES):
             below = min((1 << 64) - 1, max(1, int(rate * (1 << 64))))
             options = replace(
@@ -284,29 +282,30 @@ class _Sample:
                 sample=rate / FRAMES_PART,
                 content=memory.Content(below, counted, room),
             )
-            source = LiveSource(list(self.pids), options)
+            source, began = LiveSource(list(self.pids), options), time.monotonic()
             try:
                 source.first_look()
             except memory.Full:
                 rate /= 2
                 continue
-            return source, rate
+            return source, rate, began
         raise Refused(
             "the memory changes too fast for a sample that fits",
             "leave out `--memory`, or give more",
         )
 
     @staticmethod
-    def _stock(source: LiveSource, counted: U64, rate: float) -> Stock:
+    def _stock(source: LiveSource, told: content.Pilot, rate: float) -> Stock:
         pages, chosen = source.pages, source.options.content
         assert pages is not None
         assert chosen is not None
         return content.take_stock(
             pages,
             chosen.chosen(pages.hashes),
-            counted,
+            told.counted,
             source.counted,
             sampling.present_of(source),
             rate,
             rate / FRAMES_PART,
+            told.pairs,
         )

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from typing import Literal
 
     from dedup.estimate.sampled import Estimate
-    from dedup.estimate.unseen import Span
     from dedup.kernel.memory import Tally
     from dedup.model.cost import Cost
     from dedup.model.merge import Prediction, Rules
@@ -75,8 +74,6 @@ class Sampled:
     """By content: what the scan's own memory was to fit into."""
     frame_rate: float | None = None
     """By content: chance of a page to be kept by its frame, whatever it holds."""
-    contents: Span | None = None
-    """By content: different contents in the whole, at the first look."""
 
     @property
     def by(self) -> Literal["frame", "content"]:

@@ -62,6 +62,8 @@ COUNTED: Final = 2
 the number of the content is added. All-zero pages are number 0."""
 COUNTED_MOST: Final = (1 << 16) - COUNTED
 
+OF_PAIRS: Final = {"pages_sharing": 1, "frames_freed": 1, "not_unshared": 2}
+"""Figures that grow with the copies of a content: their squares, of its pairs at the most."""
 MASS: Final = ("pages_shared", "pages_volatile", "stable_node_chains",
                "stable_node_dups")  # fmt: skip
 PAIRS: Final = {"pages_sharing": "not_sharing", "frames_freed": "stay",
@@ -90,6 +92,8 @@ class Stock:
         Chance of a content to be in the sample.
     frame_rate : float
         Chance of another page to be kept.
+    pairs : float
+        See `Pilot`.
     """
 
     kind: NDArray[np.uint16]
@@ -99,6 +103,44 @@ class Stock:
     distinct_frames: int
     rate: float
     frame_rate: float
+    pairs: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pilot:
+    """What a small sample of the frames tells before.
+
+    Parameters
+    ----------
+    counted : uint64 array
+        Hashes of contents to count: all-zero pages, and what is there often.
+    pairs : float
+        Of the other contents, pairs of copies (each twice), at the most. A sum over contents that
+        grows with their copies may be off by its root: few of them in the sample can't show it.
+    """
+
+    counted: U64
+    pairs: float
+
+    @classmethod
+    def of(cls, hashes: U64, zero: int, rate: float) -> Pilot:
+        """From the hashes of frames, each of which was met with the chance `rate`.
+
+        Parameters
+        ----------
+        hashes : uint64 array
+        zero : int
+            Hash of an all-zero page.
+        rate : float
+        """
+        found, times = np.unique(hashes, return_counts=True)
+        some = (times >= PILOT_TIMES) & (found != np.uint64(zero))
+        order = np.argsort(-times[some], kind="stable")[: COUNTED_MOST - 1]
+        counted = np.append(np.uint64(zero), found[some][order])
+        met = times[~np.isin(found, counted)].astype(np.float64)
+        pairs = met * (met - 1)
+        wide = Z * math.sqrt(float((pairs**2).sum())) + 2 * Z * Z
+        return cls(counted, (float(pairs.sum()) + wide) / rate**2)
 
 
 def scaled(sampled: float, rate: float, *, square: float | None = None) -> Span:
@@ -132,22 +174,6 @@ def scaled(sampled: float, rate: float, *, square: float | None = None) -> Span:
     return Span(max(float(sampled), low), point, high)
 
 
-def often(hashes: U64, zero: int) -> U64:
-    """Contents to count, by the hashes of some frames: all-zero pages, and what is there often.
-
-    Parameters
-    ----------
-    hashes : uint64 array
-        Of the frames that a pilot met.
-    zero : int
-        Hash of an all-zero page.
-    """
-    found, times = np.unique(hashes, return_counts=True)
-    some = (times >= PILOT_TIMES) & (found != np.uint64(zero))
-    order = np.argsort(-times[some], kind="stable")[: COUNTED_MOST - 1]
-    return np.append(np.uint64(zero), found[some][order])
-
-
 def narrower(a: Span, b: Span) -> Span:
     """Of two estimates of a figure the one with less doubt."""
     return a if a.high - a.low <= b.high - b.low else b
@@ -161,6 +187,7 @@ def take_stock(
     present: Present,
     rate: float,
     frame_rate: float,
+    pairs: float,
 ) -> Stock:
     """Note what the first look kept, before later ones write over it.
 
@@ -172,7 +199,7 @@ def take_stock(
     hashes, counted : arrays
         Of the counted contents, and the pages of each; all-zero pages first.
     present : Present
-    rate, frame_rate : float
+    rate, frame_rate, pairs : float
     """
     order = np.argsort(hashes)
     at = np.minimum(np.searchsorted(hashes[order], pages.hashes), len(hashes) - 1)
@@ -190,7 +217,7 @@ def take_stock(
         shared_in, shared_out = (len(f) - int(f.of(alone).sum()) for f in (mine, others))
         shared = Span.of(float(shared_in)) + scaled(shared_out, frame_rate)
         frames += shared.at_most(present.pages - known)
-    return Stock(kind, counted, present, frames, len(mine) + len(others), rate, frame_rate)
+    return Stock(kind, counted, present, frames, len(mine) + len(others), rate, frame_rate, pairs)
 
 
 @dataclass(slots=True)
@@ -204,17 +231,18 @@ class _Sum:
         self.low.append(low)
         self.high.append(high)
 
-    def whole(self, rate: float) -> Span:
-        """Of all contents."""
-        low, high = self._scaled(self.low, rate), self._scaled(self.high, rate)
+    def whole(self, rate: float, square: float = 0.0) -> Span:
+        """Of all contents, the squares of which add up to `square` at the most, if it is known."""
+        low, high = (self._scaled(parts, rate, square) for parts in (self.low, self.high))
         return Span(low.low, (low.point + high.point) / 2, high.high)
 
     @staticmethod
-    def _scaled(parts: list[float], rate: float) -> Span:
+    def _scaled(parts: list[float], rate: float, square: float) -> Span:
         total = max(0.0, sum(parts))
         by_number = scaled(total, rate)
         spread = float(np.var(parts, ddof=1)) * len(parts)
         wide = STUDENT * math.sqrt(spread * (1 - rate)) / rate
+        wide = max(wide, Z * math.sqrt(square * (1 - rate) / rate))
         return Span(
             max(total, min(by_number.low, by_number.point - wide)),
             by_number.point,
@@ -414,7 +442,11 @@ class _Estimator:
         if mappings_of is None:
             return Span.of(0.0)
         known = Flag.EXCLUSIVE | Flag.KSM | Flag.HIDDEN
-        some = (self.stock.kind >= COUNTED) & self.stable & ((self.pages.frames & known) == 0)
+        word = self.pages.frames
+        some = (self.stock.kind >= COUNTED) & self.stable & ((word & known) == 0)
+        # All-zero pages of a huge page that splits go from all processes that map it.
+        goes = (self.stock.kind == COUNTED) & ((word & (Flag.THP | Flag.LOCKED)) == Flag.THP)
+        some &= ~goes
         shared = distinct(self.pages, some)
         elsewhere = mappings_of((shared.word & FRAME_MASK).astype(np.int64)) > shared.mappings
         if not elsewhere.any():
@@ -505,7 +537,10 @@ class _Estimator:
         page, present = self.pages.page_size, self.present
         self._population()
         self._add_parts()
-        part = {name: found.whole(self.stock.rate) for name, found in self.sums.items()}
+        part = {
+            name: found.whole(self.stock.rate, OF_PAIRS.get(name, 0) * self.stock.pairs)
+            for name, found in self.sums.items()
+        }
         if present.exclusive == present.pages and not sum(self.sums["pages_volatile"].high):
             # Nothing is shared by fork.
             part["pages_volatile"] = Span.of(0.0)
