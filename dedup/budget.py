@@ -58,13 +58,18 @@ class _Need:
     """What a scan takes, in bytes."""
 
     fixed: int
-    everything: int
-    """At the most."""
+    pages: int
+
+    @property
+    def everything(self) -> int:
+        """For all pages, at the most."""
+        return self.fixed + self.pages * PAGE_BYTES
 
     @property
     def least(self) -> int:
-        """With the smallest sample."""
-        return self.fixed + (LEAST_PAGES + PILOT_PAGES) * KEPT_BYTES
+        """With the smallest sample, and the pilot."""
+        pilot = min(PILOT_PAGES, int(self.pages * PILOT_RATE_MOST))
+        return self.fixed + (LEAST_PAGES + pilot) * KEPT_BYTES
 
 
 def scan_pids(
@@ -147,7 +152,7 @@ def _need(pids: Sequence[int], sight: Sight, threads: int) -> _Need:
         except (NoSuchProcess, NotPermitted):
             continue
     fixed = _fixed(threads, mappings, len(pids))
-    return _Need(fixed, fixed + pages * PAGE_BYTES)
+    return _Need(fixed, pages)
 
 
 @dataclass(frozen=True, slots=True)

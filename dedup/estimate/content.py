@@ -226,6 +226,8 @@ class _Sum:
 
     low: list[float] = field(default_factory=list)
     high: list[float] = field(default_factory=list)
+    squares: float = 0.0
+    """Of what each content counts, added up, where that is known from its copies alone."""
 
     def add(self, low: float, high: float) -> None:
         self.low.append(low)
@@ -236,17 +238,18 @@ class _Sum:
         low, high = (self._scaled(parts, rate, square) for parts in (self.low, self.high))
         return Span(low.low, (low.point + high.point) / 2, high.high)
 
-    @staticmethod
-    def _scaled(parts: list[float], rate: float, square: float) -> Span:
+    def _scaled(self, parts: list[float], rate: float, square: float) -> Span:
         total = max(0.0, sum(parts))
-        by_number = scaled(total, rate)
         spread = float(np.var(parts, ddof=1)) * len(parts)
-        wide = STUDENT * math.sqrt(spread * (1 - rate)) / rate
-        wide = max(wide, Z * math.sqrt(square * (1 - rate) / rate))
+        # As if each content that counts had the same weight, one that spreads them as they are.
+        spread = max(spread * (STUDENT / Z) ** 2, self.squares)
+        weight = max(1.0, spread / total) if total else 1.0
+        found = scaled(total / weight, rate).times(weight)
+        wide = Z * math.sqrt(square * (1 - rate) / rate)
         return Span(
-            max(total, min(by_number.low, by_number.point - wide)),
-            by_number.point,
-            max(by_number.high, by_number.point + wide),
+            max(total, min(found.low, found.point - wide)),
+            found.point,
+            max(found.high, found.point + wide),
         )
 
 
@@ -347,6 +350,9 @@ class _Estimator:
             whole = frames if name == "frames_freed" else n
             self.sums[name].add(low, high)
             self.sums[rest].add(whole - high, whole - low)
+        nodes = closed_form(np.diff(groups.offsets), self.limit)[0].astype(np.float64)
+        self.sums["pages_shared"].squares += float((nodes**2).sum())
+        self.sums["stable_node_dups"].squares += float((nodes[nodes > 1] ** 2).sum())
         self.within += found.breakdown.within_processes
         self.across += found.breakdown.across_processes
         huge = Flag.THP | Flag.DUPLICATE | Flag.EXCLUSIVE
@@ -483,6 +489,12 @@ class _Estimator:
             math.ceil(stay.point / self.limit) if stay.point >= 2 else 0.0,
             math.ceil(stay.high / self.limit) if stay.high >= 2 else 0.0,
         )
+        if not np.all(word & Flag.EXCLUSIVE):
+            # Forks of a node's frame go beyond the limit.
+            forked = scaled(
+                int(np.count_nonzero((word & Flag.EXCLUSIVE) == 0)), self.stock.frame_rate
+            )
+            some += Span(-forked.high / self.limit, 0.0, 0.0)
         if huge.any():
             some += Span(-SLACK, 0, SLACK)
             split = (self.stock.kind == COUNTED) & self.stable
@@ -526,6 +538,14 @@ class _Estimator:
         surely = len(self.split)
         return Span.between(surely, max(all_of_them, min(self.present.huge, len(folio) + missed)))
 
+    def _hidden_zeros(self) -> Span:
+        """All-zero pages of which may be less frames, where those are hidden."""
+        word = self.pages.frames[(self.stock.kind == COUNTED) & self.stable]
+        some = int(np.count_nonzero((word & Flag.EXCLUSIVE) == 0))
+        if self.pages.frames_known or not some:
+            return Span.of(0.0)
+        return Span(0.0, 0.0, scaled(some, self.stock.frame_rate).high)
+
     def _own_frames(self) -> bool:
         """Whether each page of a counted content, as far as those kept tell, has its own frame."""
         word = self.pages.frames[(self.stock.kind >= COUNTED) & self.stable]
@@ -550,7 +570,7 @@ class _Estimator:
         unsure = counted["unsure"].high
         on_nodes = nodes + left + Span(0.0, 0.0, unsure)
         rest = counted["pages"] + zeros
-        freed = self.frames - part["stay"] - on_nodes
+        freed = self.frames - part["stay"] - on_nodes - self._hidden_zeros()
         if self._own_frames():
             freed = narrower(freed, part["frames_freed"] + rest - on_nodes)
         freed = freed - self._outside(mappings_of, nodes)
