@@ -52,12 +52,11 @@ UNSTABLE = Flag.VOLATILE | Flag.NEW | Flag.GONE
 PEAK = """
 import sys
 from pathlib import Path
-from dedup.cli.root import main
-try:
-    main()
-finally:
-    status = Path("/proc/self/status").read_text()
-    print("VmHWM", int(status.partition("VmHWM:")[2].split()[0]) * 1024, file=sys.stderr)
+from dedup.__main__ import main
+done = main()
+status = Path("/proc/self/status").read_text()
+print("VmHWM", status.partition("VmHWM:")[2].split()[0], file=sys.stderr)
+sys.exit(done)
 """
 
 
@@ -272,7 +271,7 @@ def peaks(gib: float, budgets: list[str], kinds: list[str], count: int) -> list[
                     [sys.executable, "-c", PEAK, "scan", *chosen, "--json", "--interval", "0.1",
                      *more], capture_output=True, text=True, check=False,
                 )  # fmt: skip
-                peak = int(done.stderr.rpartition("VmHWM")[2])
+                peak = int(done.stderr.rpartition("VmHWM")[2]) * 1024
                 answer = json.loads(done.stdout)
                 figures: dict[str, Any] = {
                     "pages": kind, "gib": gib, "processes": count, "budget": budget,

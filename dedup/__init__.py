@@ -170,6 +170,8 @@ def scan(
 
         try:
             size = parse_size(memory) if isinstance(memory, str) else int(memory)
+            if size <= 0:
+                raise ValueError("it is to be above 0")
         except (TypeError, ValueError) as e:
             raise Usage(f"dedup.scan: memory: {e}", 'bytes, or a size such as "512M"') from e
         return budget.scan_pids([int(p) for p in pids], size, plan)
