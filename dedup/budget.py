@@ -39,8 +39,10 @@ SIMPLE_BYTES: Final = 44
 process whose frames are known."""
 PAGE_BYTES: Final = 170
 """Of any other, at the most: each of them has a copy."""
-KEPT_BYTES: Final = 150
-"""Of a page of a sample: as a rule its neighbours are not in it, so that it is a run by itself."""
+KEPT_BYTES: Final = 60
+ALONE_BYTES: Final = 90
+"""Of a page of a sample, and more of it where its neighbours are not in the sample, so that it is a
+run by itself."""
 LEAST_PAGES: Final = 20_000
 """Of a sample: with fewer nothing useful follows."""
 PILOT_PAGES: Final = 1 << 16
@@ -50,6 +52,7 @@ MARGIN: Final = 0.8
 FRAMES_PART: Final = 4
 """A content is in the sample this much more often than another page is kept by its frame."""
 TRIES: Final = 6
+ROUNDS: Final = 30
 MIB: Final = 1 << 20
 
 
@@ -69,7 +72,7 @@ class _Need:
     def least(self) -> int:
         """With the smallest sample, and the pilot."""
         pilot = min(PILOT_PAGES, int(self.pages * PILOT_RATE_MOST))
-        return self.fixed + (LEAST_PAGES + pilot) * KEPT_BYTES
+        return self.fixed + (LEAST_PAGES + pilot) * (KEPT_BYTES + ALONE_BYTES)
 
 
 def scan_pids(
@@ -130,7 +133,17 @@ def scan_pids(
             f"{words} needs all pages to be kept, and they do not fit into {size(memory_bytes)}",
             f"`--memory {everything}M`, or leave out `{words}`",
         )
-    return _Sample(pids, plan, memory_bytes, begin).run(pilot, (room - fixed) // KEPT_BYTES)
+    return _Sample(pids, plan, memory_bytes, begin).run(pilot, _room(room - fixed, pilot.present))
+
+
+def _room(size_bytes: int, present: int) -> int:
+    """How many of the pages present may be kept in so much memory."""
+    pages = 0.0
+    # The more are kept, the fewer are alone. It rises to the answer, and is below it on its way.
+    for _ in range(ROUNDS):
+        alone = 1 - min(1.0, pages / max(1, present))
+        pages = size_bytes / (KEPT_BYTES + ALONE_BYTES * alone)
+    return int(pages)
 
 
 def size(n: int) -> str:
