@@ -34,13 +34,13 @@ THREAD_BYTES: Final = 5 << 19
 MAPPING_BYTES: Final = 2400
 """Of each mapping: what smaps says of it, and its region."""
 PROCESS_BYTES: Final = 8 << 10
-SIMPLE_BYTES: Final = 44
+SIMPLE_BYTES: Final = 40
 """Of a page in a full scan, where nothing but the number of copies decides: exclusive pages of one
 process whose frames are known."""
-PAGE_BYTES: Final = 170
+PAGE_BYTES: Final = 240
 """Of any other, at the most: each of them has a copy."""
-KEPT_BYTES: Final = 60
-ALONE_BYTES: Final = 90
+KEPT_BYTES: Final = 90
+ALONE_BYTES: Final = 70
 """Of a page of a sample, and more of it where its neighbours are not in the sample, so that it is a
 run by itself."""
 LEAST_PAGES: Final = 20_000
