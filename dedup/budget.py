@@ -54,6 +54,7 @@ FRAMES_PART: Final = 4
 TRIES: Final = 6
 ROUNDS: Final = 30
 MIB: Final = 1 << 20
+SPARE_MIB: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,25 +116,33 @@ def scan_pids(
     room = memory_bytes - own_bytes
     if need.everything <= room:
         return scanning.scan_pids(pids, plan)
-    if need.least > room:
-        least = math.ceil((need.least + own_bytes) / MIB)
-        raise Usage(
-            f"{size(memory_bytes)} is too little memory for this scan, even for a sample",
-            f"`--memory {least}M` at the least",
-        )
+    _require(need, room, own_bytes)
     pilot = _Pilot.of(pids, plan)
-    fixed = max(need.fixed, _fixed(threads, len(pilot.pages.regions), len(pilot.pages.processes)))
+    fixed = max(need.fixed, _fixed(threads, pilot.mappings, pilot.processes))
     if fixed + pilot.full_bytes() <= room:
-        del pilot
         return scanning.scan_pids(pids, plan)
+    _require(replace(need, fixed=fixed), room, own_bytes)
     if whole or plan.partial_passes:
         words = whole or "--partial-passes"
-        everything = math.ceil((need.everything + own_bytes) / MIB)
+        everything = _told(need.everything + own_bytes)
         raise Usage(
             f"{words} needs all pages to be kept, and they do not fit into {size(memory_bytes)}",
             f"`--memory {everything}M`, or leave out `{words}`",
         )
     return _Sample(pids, plan, memory_bytes, begin).run(pilot, _room(room - fixed, pilot.present))
+
+
+def _require(need: _Need, room: int, own_bytes: int) -> None:
+    if need.least > room:
+        raise Usage(
+            f"{size(room + own_bytes)} is too little memory for this scan, even for a sample",
+            f"`--memory {_told(need.least + own_bytes)}M` at the least",
+        )
+
+
+def _told(least_bytes: int) -> int:
+    """MiB that still do when the command is typed anew, and its own memory differs a little."""
+    return math.ceil(least_bytes / MIB) + SPARE_MIB
 
 
 def _room(size_bytes: int, present: int) -> int:
@@ -172,7 +181,9 @@ def _need(pids: Sequence[int], sight: Sight, threads: int) -> _Need:
 class _Pilot:
     """A small sample of the frames: what is there, and which contents are there very often."""
 
-    pages: Pages
+    mappings: int
+    processes: int
+    pinned: bool
     seed: int
     present: int
     simple: int
@@ -201,7 +212,9 @@ class _Pilot:
         some = np.isin(pages.hashes[there], told.counted)
         alone = len(pages.processes) == 1 and pages.frames_known
         return cls(
-            pages,
+            len(pages.regions),
+            len(pages.processes),
+            any(p.pinned_bytes for p in pages.processes),
             source.seed,
             found.pages,
             max(0, found.exclusive - found.ksm) if alone else 0,
@@ -226,10 +239,9 @@ class _Sample:
         tunables = scanning.tunables()
         assumed = {**tunables, **plan.assumed}
         rules = scanning.rules_of(assumed)
-        self._refuse(pilot.pages, rules)
+        self._refuse(pilot, rules)
         rate = min(1.0, MARGIN * room / pilot.present / (pilot.rest + 1 / FRAMES_PART))
         told, seed = pilot.told, pilot.seed
-        del pilot
         source, rate, first = self._first_look(told.counted, seed, rate, room)
         stock = self._stock(source, told, rate)
         full_scan = plan.full_scan_seconds or sampling.full_scan_of(stock.present.pages, assumed)
@@ -274,14 +286,14 @@ class _Sample:
         )
 
     @staticmethod
-    def _refuse(pages: Pages, rules: Rules) -> None:
+    def _refuse(pilot: _Pilot, rules: Rules) -> None:
         if not rules.merge_across_nodes and numa.nodes() is not None:
             raise Refused(
                 "with merge_across_nodes 0 a content is another one on each node, and a sample "
                 "can't tell how they are spread",
                 "leave out `--memory`, or give more",
             )
-        if any(p.pinned_bytes for p in pages.processes):
+        if pilot.pinned:
             raise Refused(
                 "a process has pinned memory (VmPin): which contents that blocks, a sample can't "
                 "tell",
