@@ -31,7 +31,7 @@ FIXED_BYTES: Final = 16 << 20
 """Of a scan, for all that goes neither by pages nor by threads: modules, the model's tables."""
 THREAD_BYTES: Final = 5 << 19
 """Of each reading thread: its buffer and stack."""
-MAPPING_BYTES: Final = 2400
+MAPPING_BYTES: Final = 2600
 """Of each mapping: what smaps says of it, and its region."""
 PROCESS_BYTES: Final = 8 << 10
 SIMPLE_BYTES: Final = 40
