@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,13 +17,15 @@ if TYPE_CHECKING:
 
     from dedup.errors import DedupError
     from dedup.merging import Merge, merge
+    from dedup.sampling import Sampled
     from dedup.scanning import Scan
 
-__all__ = ["DedupError", "Merge", "Scan", "merge", "scan"]
+__all__ = ["DedupError", "Merge", "Sampled", "Scan", "merge", "scan"]
 
 _LAZY = {
     "DedupError": "dedup.errors",
     "Merge": "dedup.merging",
+    "Sampled": "dedup.sampling",
     "Scan": "dedup.scanning",
     "merge": "dedup.merging",
 }
@@ -47,6 +49,7 @@ def _is_count(value: object, least: int) -> bool:
         return False
 
 
+@overload
 def scan(
     pids: Sequence[int] = (),
     *,
@@ -58,7 +61,35 @@ def scan(
     threads: int | None = None,
     seed: int | None = None,
     partial_passes: bool = False,
-) -> Scan:
+    memory: None = None,
+) -> Scan: ...
+@overload
+def scan(
+    pids: Sequence[int] = (),
+    *,
+    arrays: Sequence[Any] = (),
+    scope: Literal["compatible", "advised"] = "compatible",
+    passes: int | None = None,
+    interval_seconds: float | None = None,
+    full_scan_seconds: float | None = None,
+    threads: int | None = None,
+    seed: int | None = None,
+    partial_passes: bool = False,
+    memory: int | str,
+) -> Scan | Sampled: ...
+def scan(
+    pids: Sequence[int] = (),
+    *,
+    arrays: Sequence[Any] = (),
+    scope: Literal["compatible", "advised"] = "compatible",
+    passes: int | None = None,
+    interval_seconds: float | None = None,
+    full_scan_seconds: float | None = None,
+    threads: int | None = None,
+    seed: int | None = None,
+    partial_passes: bool = False,
+    memory: int | str | None = None,
+) -> Scan | Sampled:
     """Predict what KSM would merge in live processes, or in arrays of this process.
 
     Parameters
@@ -83,11 +114,15 @@ def scan(
     partial_passes : bool
         Looks after the first read only the pages that would merge: quicker, but `pages_unshared`
         and `pages_volatile` are None, with bounds.
+    memory : int or str, optional
+        Bytes that the scan may take beside what this process has already, or a size: "512M". Where
+        not all pages have room, those of a sample of the contents are kept.
 
     Returns
     -------
-    Scan
-        Its `prediction` has the kernel's counters, in pages; `pages` has the arrays.
+    Scan or Sampled
+        Its `prediction` has the kernel's counters, in pages; `pages` has the arrays. `Sampled`
+        where the pages did not fit into `memory`: then its counters are None, with bounds.
 
     Raises
     ------
@@ -122,9 +157,22 @@ def scan(
     if len(arrays):
         if len(pids):
             raise Usage("pids and arrays don't go together", "scan them one after the other")
+        if memory is not None:
+            raise Usage("memory does not go with arrays, which lie in it", "leave it out")
         from dedup.merging import piece_of
 
         return scan_spans([piece_of(a).span for a in arrays], plan)
     if not len(pids):
         raise Usage("nothing chosen to scan", "name pids or arrays: `dedup.scan(pids=[1234])`")
+    if memory is not None:
+        from dedup import budget
+        from dedup.estimate.host import parse_size
+
+        try:
+            size = parse_size(memory) if isinstance(memory, str) else int(memory)
+            if size <= 0:
+                raise ValueError("it is to be above 0")
+        except (TypeError, ValueError) as e:
+            raise Usage(f"dedup.scan: memory: {e}", 'bytes, or a size such as "512M"') from e
+        return budget.scan_pids([int(p) for p in pids], size, plan)
     return scan_pids([int(p) for p in pids], plan)

@@ -1,4 +1,4 @@
-"""A scan of a sample: what it chooses, when it looks, and what it says of the whole."""
+"""A scan of a sample of the frames: what it chooses, when it looks, what it says of the whole."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from dedup.sources.live import LiveSource, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Literal
 
     from dedup.estimate.sampled import Estimate
     from dedup.kernel.memory import Tally
@@ -57,7 +58,7 @@ class Sampled:
     rules: Rules
     tally: Tally
     rate: float
-    """Chance of a frame to be in the sample."""
+    """Chance of a frame to be in the sample; by content, of a content."""
     within_seconds: float | None
     seed: int
     seconds: float
@@ -69,6 +70,15 @@ class Sampled:
     cost: Cost | None
     """Of the point estimate."""
     assumed: dict[str, int] = field(default_factory=dict)
+    memory_bytes: int | None = None
+    """By content: what the scan's own memory was to fit into."""
+    frame_rate: float | None = None
+    """By content: chance of a page to be kept by its frame, whatever it holds."""
+
+    @property
+    def by(self) -> Literal["frame", "content"]:
+        """What was chosen at random."""
+        return "frame" if self.memory_bytes is None else "content"
 
     @property
     def prediction(self) -> Prediction:
@@ -234,27 +244,12 @@ def sample_pids(
             "a process has pinned memory (VmPin): which contents that blocks, a sample can't tell",
             "leave out `--sample` and `--within`, or that process",
         )
-    began = [begin]
-    chosen = sampled.choose(pages, _present(source), rate)
-    full_scan = plan.full_scan_seconds or _full_scan(chosen.present.pages, assumed)
-    interval = plan.interval_seconds
-    if interval is None:
-        interval = max(
-            steady.INTERVAL_LEAST_SECONDS,
-            min(steady.INTERVAL_MOST_SECONDS, steady.STEADY_FACTOR * full_scan),
-        )
-        if within is not None:
-            interval = min(interval, interval_within(plan, within))
-    for _ in range((plan.passes or LOOKS) - 1):
-        wait_until(began[-1] + interval, plan.options.progress)
-        began.append(time.monotonic())
-        pages = source.look_again()
+    chosen = sampled.choose(pages, present_of(source), rate)
+    full_scan = plan.full_scan_seconds or full_scan_of(chosen.present.pages, assumed)
+    began = look_on(source, plan, begin, full_scan, within)
     unseen.require()
-    present, sight = _present(source), source.sight
-    by_process = np.array(
-        [source.counts.get(i, np.zeros(1, np.int64))[0] for i in range(len(pages.processes))],
-        np.int64,
-    )
+    present, sight = present_of(source), source.sight
+    by_process = by_process_of(source)
     estimate = sampled.estimate(
         pages,
         chosen,
@@ -280,19 +275,48 @@ def sample_pids(
         full_scan_seconds=full_scan,
         scope=plan.options.scope,
         pagemap_scan=sight.pagemap_scan,
-        cost=_cost(estimate, assumed),
+        cost=cost_of(estimate, assumed),
         assumed=dict(plan.assumed),
     )
 
 
-def _present(source: LiveSource) -> Present:
+def look_on(
+    source: LiveSource, plan: Plan, begin: float, full_scan: float, within: float | None = None
+) -> list[float]:
+    """Look again at a sample, as often as is wanted; when each look began."""
+    began = [begin]
+    interval = plan.interval_seconds
+    if interval is None:
+        interval = max(
+            steady.INTERVAL_LEAST_SECONDS,
+            min(steady.INTERVAL_MOST_SECONDS, steady.STEADY_FACTOR * full_scan),
+        )
+        if within is not None:
+            interval = min(interval, interval_within(plan, within))
+    for _ in range((plan.passes or LOOKS) - 1):
+        wait_until(began[-1] + interval, plan.options.progress)
+        began.append(time.monotonic())
+        source.look_again()
+    return began
+
+
+def by_process_of(source: LiveSource) -> I64:
+    """Pages present, read or not, of each process."""
+    assert source.pages is not None
+    none = np.zeros(1, np.int64)
+    return np.array(
+        [source.counts.get(i, none)[0] for i in range(len(source.pages.processes))], np.int64
+    )
+
+
+def present_of(source: LiveSource) -> Present:
     """All pages, read or not; of processes that ended none."""
     assert source.pages is not None
     alive = [source.counts[i] for i in source.counts if i not in source.ended]
     return Present(*(int(n) for n in np.sum(alive, axis=0))) if alive else Present()
 
 
-def _full_scan(pages: int, tunables: dict[str, int | str]) -> float:
+def full_scan_of(pages: int, tunables: dict[str, int | str]) -> float:
     """Time of ksmd's full scan over so many pages, as if none of them merged."""
     assumed = {**tunables, "smart_scan": 0}
     if not int(assumed.get("pages_to_scan", scanning.DEFAULT_PAGES_TO_SCAN)):
@@ -302,7 +326,7 @@ def _full_scan(pages: int, tunables: dict[str, int | str]) -> float:
     return cost.price(load, settings, calibration.load().calibration).full_scan_seconds
 
 
-def _cost(estimate: Estimate, tunables: dict[str, int | str]) -> Cost | None:
+def cost_of(estimate: Estimate, tunables: dict[str, int | str]) -> Cost | None:
     """The price of the point estimate."""
     settings = cost.Settings.of(tunables, ksmd.tick_seconds())
     if not settings.pages_to_scan:

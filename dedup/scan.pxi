@@ -156,6 +156,13 @@ cdef class Job:
         For a later look, which pages of the first one to read, by their place in `hashes`; None
         reads everything. Of the others it is only noted whether they are there, and new pages are
         kept unread, with 0 for a hash.
+    content_below : int
+        For a sample by content: all frames are read at the first look, and a page is kept if the
+        mixed number of its hash lies below this, of 2**64, or that of its frame below `below`;
+        0 keeps what was read. A later look reads what the first one kept.
+    counted_hashes : uint64 array or None
+        With `content_below`, contents that are counted, and kept by frame alone; see
+        `counted_pages`.
     once : int
         `ONCE_*`: which frames are read for one of their mappings alone.
     """
@@ -186,7 +193,10 @@ cdef class Job:
         int64_t overflow, full_at
         int64_t pages_done
         object run_parts
-        uint64_t below, sample_seed
+        uint64_t below, sample_seed, content_below
+        uint64_t[::1] of_counted
+        int64_t[::1] counted_at, counted_pages_
+        uint64_t counted_mask
         int64_t[:, ::1] counted
         const uint8_t[::1] only
         int partial
@@ -206,7 +216,8 @@ cdef class Job:
                  range_start, range_end, range_target, range_flags, hashes, frames,
                  int64_t used, int64_t zero_frame, int kpageflags_fd, int64_t huge_bytes,
                  bint every_folio,
-                 prior=None, uint64_t below=0, only=None, int once=0):
+                 prior=None, uint64_t below=0, only=None, uint64_t content_below=0,
+                 counted_hashes=None, int once=0):
         if _hash_page == NULL:
             raise RuntimeError("no hash is loaded: call load_hash first")
         self.page_size = page_size
@@ -241,6 +252,8 @@ cdef class Job:
         self.counted = np.zeros((self.pids.shape[0], COUNTED), np.int64)
         self.partial = only is not None
         self.only = np.zeros(0, np.uint8) if only is None else only.view(np.uint8)
+        self.content_below = content_below
+        self._list_counted(np.zeros(0, np.uint64) if counted_hashes is None else counted_hashes)
         self._cut_units()
         self.once = once
         if once and _frames_open(&self.by_frame, self._pages_most()) < 0:
@@ -252,6 +265,22 @@ cdef class Job:
         for i in range(self.n_units):
             total += self.units[i].pages
         return total
+
+    def _list_counted(self, uint64_t[::1] hashes):
+        """Make the table that finds a counted content: places, linear probing, a quarter full."""
+        cdef int64_t i, size = 8
+        cdef uint64_t at
+        while size < 4 * hashes.shape[0]:
+            size *= 2
+        self.of_counted = hashes
+        self.counted_mask = <uint64_t>(size - 1)
+        self.counted_at = np.full(size, -1, np.int64)
+        self.counted_pages_ = np.zeros(hashes.shape[0], np.int64)
+        for i in range(hashes.shape[0]):
+            at = hashes[i] & self.counted_mask
+            while self.counted_at[at] >= 0:
+                at = (at + 1) & self.counted_mask
+            self.counted_at[at] = i
 
     def _cut_units(self):
         """Cut the ranges into units of at most UNIT_BYTES and UNIT_RANGES, within a target."""
@@ -320,6 +349,11 @@ cdef class Job:
     def counts(self):
         """Pages present by target, shape (targets, 4): those of `COUNTS`; a sample counts alone."""
         return np.asarray(self.counted)
+
+    def counted_pages(self):
+        """Pages of each of the counted contents, in their order; not to be had of a job that grew.
+        """
+        return np.asarray(self.counted_pages_)
 
     def forked_targets(self):
         """Targets (indices) where an exclusive page changed its frame while it was read."""
@@ -437,6 +471,8 @@ cdef class Job:
             w.bytes += (n - known) * page_size
             if self.second:
                 n = self._compare(w, n, target)
+            elif self.content_below:
+                n = self._drop(w, n, target)
             rc = self._keep(w, 0, n)
             if rc:
                 return rc if rc < 0 else 0
@@ -786,10 +822,13 @@ cdef class Job:
         return kept
 
     cdef int64_t _choose(self, Worker *w, int64_t n, int64_t target) noexcept nogil:
-        """Count the candidates, and keep those of the sample; gives their number."""
+        """Count the candidates, and keep those of the sample; gives their number.
+
+        Of a sample by content all: what they hold has to be known first.
+        """
         cdef int64_t i, kept = 0, exclusive = 0, ksm = 0, huge = 0, page_size = self.page_size
         cdef int64_t r = 0, end = 0
-        cdef uint64_t a, word, key, pid = <uint64_t>self.pids[target]
+        cdef uint64_t a, word
         cdef int keep
         if self.second and n:
             r = self._prior_run(target, w.address[0])
@@ -806,17 +845,50 @@ cdef class Job:
                     r += 1
                 keep = r < end and a >= <uint64_t>self.prior_start[r]
             else:
-                # By frame, so that all mappings of a frame are chosen, or none.
-                key = word & FRAME_MASK
-                if word & HIDDEN:
-                    key = _mix64(pid) ^ (a // <uint64_t>page_size)
-                keep = _mix64(self.sample_seed ^ key) < self.below
+                keep = self.content_below != 0 or self._by_frame(w, i, target)
             # No branch: the processor could not foresee it.
             w.address[kept] = a
             w.word[kept] = word
             w.where_range[kept] = w.where_range[i]
             kept += keep
         w.seen[0], w.seen[1], w.seen[2], w.seen[3] = n, exclusive, ksm, huge
+        return kept
+
+    cdef inline int _by_frame(self, Worker *w, int64_t i, int64_t target) noexcept nogil:
+        """Whether a frame is in the sample, so that all its mappings are, or none."""
+        cdef uint64_t key = w.word[i] & FRAME_MASK
+        if w.word[i] & HIDDEN:
+            key = _mix64(<uint64_t>self.pids[target]) ^ (w.address[i] // <uint64_t>self.page_size)
+        return _mix64(self.sample_seed ^ key) < self.below
+
+    cdef int64_t _drop(self, Worker *w, int64_t n, int64_t target) noexcept nogil:
+        """Keep, of hashed candidates, those of the sample by content; gives their number."""
+        cdef int64_t i, c, kept = 0, last = -1, times = 0
+        cdef uint64_t at
+        cdef int keep
+        for i in range(n):
+            keep = 1
+            if not w.word[i] & UNREAD:
+                at = w.digest[i] & self.counted_mask
+                c = self.counted_at[at]
+                while c >= 0 and self.of_counted[c] != w.digest[i]:
+                    at = (at + 1) & self.counted_mask
+                    c = self.counted_at[at]
+                # Equal pages often lie beside each other: one addition for them.
+                if c != last:
+                    if last >= 0:
+                        dedup_fetch_add(&self.counted_pages_[last], times)
+                    last, times = c, 0
+                times += 1
+                keep = (self._by_frame(w, i, target)
+                        or (c < 0 and _mix64(w.digest[i]) < self.content_below))
+            w.address[kept] = w.address[i]
+            w.word[kept] = w.word[i]
+            w.digest[kept] = w.digest[i]
+            w.where_range[kept] = w.where_range[i]
+            kept += keep
+        if last >= 0:
+            dedup_fetch_add(&self.counted_pages_[last], times)
         return kept
 
     cdef inline int64_t _spare(self) noexcept nogil:

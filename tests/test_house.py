@@ -15,7 +15,7 @@ LEVELS = {
     "sources": 2, "grouping": 2, "schema": 2,
     "calibration": 2,
     "scanning": 3, "estimate": 3,
-    "tuning": 4, "sampling": 4, "report": 4, "change": 4, "selftest": 5, "merging": 5,
+    "tuning": 4, "sampling": 4, "report": 4, "change": 4, "budget": 5, "selftest": 5, "merging": 5,
     "observe": 6,
     "cli": 7, "__main__": 8, "__init__": 8,
 }  # fmt: skip

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dedup.cli.options import Percent, Seconds, Tunable, reports
+from dedup.cli.options import Percent, Seconds, Size, Tunable, reports
 from dedup.cli.root import Exemplified
 from dedup.errors import Usage
 
@@ -23,23 +23,6 @@ if TYPE_CHECKING:
 COPIES = 3
 COPIES_MOST = 64
 INSTANCES_MOST = 10_000
-
-
-class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore] # generic since 8.5
-    """Bytes, as `64G` or `512 MiB`."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Bytes of the word."""
-        if isinstance(value, int):
-            return value
-        from dedup.estimate.host import parse_size
-
-        try:
-            return parse_size(str(value))
-        except ValueError as e:
-            self.fail(str(e), param, ctx)
 
 
 class ReadySign(click.ParamType):  # type: ignore[type-arg,unused-ignore] # generic since 8.5

@@ -43,6 +43,23 @@ class Seconds(click.ParamType):  # type: ignore[type-arg,unused-ignore] # generi
         return seconds
 
 
+class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore] # generic since 8.5
+    """Bytes, as `64G` or `512 MiB`."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes of the word."""
+        if isinstance(value, int):
+            return value
+        from dedup.estimate.host import parse_size
+
+        try:
+            return parse_size(str(value))
+        except ValueError as e:
+            self.fail(str(e), param, ctx)
+
+
 class Percent(click.ParamType):  # type: ignore[type-arg,unused-ignore] # generic since 8.5
     """Per cent, `10` or `10%`; gives the share.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dedup.cli.options import Rate, Seconds, Tunable, chooses_processes, reports, words_of
+from dedup.cli.options import Rate, Seconds, Size, Tunable, chooses_processes, reports, words_of
 from dedup.cli.root import Exemplified
 from dedup.errors import Partial, Usage
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dedup.estimate.key import Key
     from dedup.kernel.processes import Choice
     from dedup.sampling import Sampled
-    from dedup.scanning import Plan
+    from dedup.scanning import Plan, Scan
 
 LABEL_MOST = 64
 """Characters of a service's name."""
@@ -31,6 +31,7 @@ LABEL_MOST = 64
         ("dedup scan --all --by unit", "which services are worth it"),
         ("dedup scan --pid 1234 --json", "the same for programs"),
         ("dedup scan --all --sample 10%", "an estimate from a tenth of it, with its range"),
+        ("dedup scan --all --memory 512M", "with no more memory than this of its own"),
         ("dedup scan --core core.1 --core core.2", "in core files, and between them"),
         (
             "dedup scan --tree 1234 --save web-1.dedup",
@@ -104,6 +105,11 @@ LABEL_MOST = 64
     help="Read as much as fits into this time: everything, or a sample.",
 )  # fmt: skip
 @click.option(
+    "--memory", "budget_bytes", type=Size(), metavar="SIZE",
+    help="Memory that the scan itself may take, as 512M or 2G: where not all pages have room, "
+    "those of a sample of the contents are kept, and the whole is estimated, with a range.",
+)  # fmt: skip
+@click.option(
     "--save", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
     help="Keep fingerprints, for `dedup capacity`: all chosen processes and files are one "
     "instance.",
@@ -136,6 +142,7 @@ def command(
     top: int | None,
     rate: float | None,
     within: float | None,
+    budget_bytes: int | None,
     save: Path | None,
     label: str | None,
     key_file: Path | None,
@@ -157,7 +164,14 @@ def command(
 
     options = {"core": cores, "image": images, "criu": criu}
     files = [(kind, path) for kind, paths in options.items() for path in paths]
-    if rate is not None or within is not None:
+    sampled = rate is not None or within is not None
+    if budget_bytes is not None:
+        for words, given in {
+            "--sample and --within": sampled, "--core, --image and --criu": bool(files),
+        }.items():  # fmt: skip
+            if given:
+                raise Usage(f"{words} do not go with --memory", "leave out one of them")
+    if sampled:
         _only_what_a_sample_tells(
             {"--sample and --within": rate is not None and within is not None},
             {"--core, --image and --criu": bool(files), "--save": save is not None,
@@ -175,7 +189,8 @@ def command(
         )
     key = _key(save, label, key_file, seed)
     pids = [] if files and not choice else scanning.choose(choice)
-    sample = None
+    sample: Sampled | None = None
+    scan: Scan | None = None
     with output.progress() as progress:
         plan = scanning.Plan(
             options=Options(
@@ -190,14 +205,19 @@ def command(
             assumed=dict(assumed),
             partial_passes=partial_passes,
         )
-        if rate is not None or within is not None:
+        if budget_bytes is not None:
+            whole = {"--save": save is not None, "--by": by is not None, "--top": top is not None}
+            found = _within_memory(pids, plan, budget_bytes, whole, output)
+            sample, scan = (None, found) if isinstance(found, scanning.Scan) else (found, None)
+        elif sampled:
             sample = _sample(pids, plan, rate, within, output)
-        if sample is None:
+        if sample is None and scan is None:
             scan = (
                 scanning.scan_files(files, pids, plan) if files else scanning.scan_pids(pids, plan)
             )
     if sample is not None:
         return _show_sample(sample, output, words_of(choice), verbose=verbose)
+    assert scan is not None
     if key and save:
         from dedup.estimate import fingerprints, store
 
@@ -262,6 +282,23 @@ def _sample(
         output.note(f"dedup: everything is read: above {RATE_MOST:.0%} a sample is no quicker")
         return None
     return sampling.sample_pids(pids, rate, replace(plan), within)
+
+
+def _within_memory(
+    pids: list[int], plan: Plan, budget_bytes: int, whole: dict[str, bool], output: Output
+) -> Scan | Sampled:
+    """Scan within a budget: everything where it fits, else a sample by content."""
+    from dedup import budget
+    from dedup.kernel.footprint import resident_bytes
+    from dedup.scanning import Scan
+
+    wanted = [words for words, given in whole.items() if given]
+    found = budget.scan_pids(
+        pids, budget_bytes, plan, own_bytes=resident_bytes(), whole=wanted[0] if wanted else ""
+    )
+    if isinstance(found, Scan):
+        output.note("dedup: everything is kept: that fits into the memory allowed")
+    return found
 
 
 def _show_sample(scan: Sampled, output: Output, choice: str, *, verbose: bool) -> int:

@@ -108,7 +108,7 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True)
-class _Frames:
+class Frames:
     """Distinct frames of a sample, with what is mapped where."""
 
     digest: U64
@@ -123,11 +123,12 @@ class _Frames:
         return np.asarray((self.word & flags) != 0)
 
 
-def _distinct(pages: Pages, which: Bool) -> _Frames:
+def distinct(pages: Pages, which: Bool) -> Frames:
+    """Distinct frames of some pages; each mapping has its own where frame numbers are hidden."""
     word, digest = pages.frames[which], pages.hashes[which]
     alone = (word & (Flag.EXCLUSIVE | Flag.HIDDEN)) != 0
     _, first, count = np.unique(word[~alone] & FRAME_MASK, return_index=True, return_counts=True)
-    return _Frames(
+    return Frames(
         np.concatenate([digest[alone], digest[~alone][first]]),
         np.concatenate([word[alone], word[~alone][first]]),
         np.concatenate([np.ones(int(alone.sum()), np.int64), count]),
@@ -152,7 +153,7 @@ def choose(pages: Pages, present: Present, rate: float) -> Chosen:
         The sample is too small.
     """
     everything = np.ones(len(pages.frames), np.bool_)
-    frames = _distinct(pages, everything)
+    frames = distinct(pages, everything)
     alone = int(frames.of(Flag.EXCLUSIVE | Flag.HIDDEN).sum())
     # Each page that is exclusive has a frame of its own; where frames are hidden, all do for now.
     known = present.exclusive if pages.frames_known else present.pages
@@ -203,7 +204,7 @@ class _Estimator:
     def __init__(self, pages: Pages, chosen: Chosen, present: Present, rules: Rules) -> None:
         self.pages, self.chosen, self.present, self.rules = pages, chosen, present, rules
         self.rate = chosen.rate
-        self.stable = _distinct(pages, (pages.frames & NOT_STABLE) == 0)
+        self.stable = distinct(pages, (pages.frames & NOT_STABLE) == 0)
         self.zero = self.stable.of(Flag.ZERO)
         if int(self.zero.sum()) < 2:
             # One alone is a content like any other.
@@ -223,7 +224,7 @@ class _Estimator:
         )  # fmt: skip
         self.which = which.reshape(-1)
         once = self.rest[first[self.count == 1]]
-        self.once = _Frames(
+        self.once = Frames(
             self.stable.digest[once], self.stable.word[once], self.stable.mappings[once]
         )
 
@@ -231,7 +232,7 @@ class _Estimator:
         """Frames and mappings that keep their content, and those of all-zero pages."""
         words = self.pages.frames
         unstable = (words & NOT_STABLE) != 0
-        moved = _distinct(self.pages, unstable)
+        moved = distinct(self.pages, unstable)
         lost = scaled(len(moved), self.rate)
         if self.pages.looks == 1 and not len(moved):
             lost = Span.of(0.0)

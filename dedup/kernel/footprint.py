@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 
     from dedup.kernel.processes import Handle
 
+SELF: Final = Path("/proc/self/status")
 CGROUPS: Final = Path("/sys/fs/cgroup")
+
+
+def resident_bytes(status: Path = SELF) -> int:
+    """Memory that this process has at the moment (VmRSS)."""
+    return int(status.read_text().partition("VmRSS:")[2].split()[0]) * 1024
 
 
 @dataclass(frozen=True, slots=True)

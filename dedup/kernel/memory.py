@@ -172,6 +172,47 @@ class Store:
             setattr(self, name, new)
 
 
+@dataclass(frozen=True, slots=True)
+class Content:
+    """Of a sample by content: what the first look keeps of the pages that it reads."""
+
+    below: int
+    """Pages whose hash's mixed number (`mixed`) lies below this, of 2**64."""
+    counted: U64
+    """Contents that are counted, and kept by frame alone."""
+    room: int
+    """Pages that may be kept at the most."""
+
+    def chosen(self, hashes: U64) -> Bool:
+        """Whether pages with these hashes are kept by their content."""
+        chosen = np.empty(len(hashes), np.bool_)
+        for low in range(0, len(hashes), CHUNK):
+            some = hashes[low : low + CHUNK]
+            chosen[low : low + CHUNK] = mixed(some) < np.uint64(self.below)
+        return chosen & ~np.isin(hashes, self.counted)
+
+
+class Full(Exception):
+    """More pages are to be kept than there is room for."""
+
+
+CHUNK: Final = 1 << 16
+
+
+def mixed(number: U64) -> U64:
+    """The permutation of 64 bits by which pages are chosen: `_mix64` of the core."""
+    x = number + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def zero_hash(page_size: int, seed: int) -> int:
+    """Hash of an all-zero page."""
+    load_hash(page_size)
+    return _core.hash_bytes(bytes(page_size), seed)
+
+
 @dataclass(slots=True)
 class Tally:
     """What the readers did, for the JSON and `doctor`."""
@@ -204,6 +245,8 @@ class Look:
     dead: list[int]
     counts: I64
     """Of a sample, `_core.COUNTS` of all pages present: shape (targets, 4)."""
+    counted: I64
+    """Of a sample by content, pages of each content that is counted."""
 
 
 def look(
@@ -217,6 +260,7 @@ def look(
     progress: Callable[[int, int], None] | None = None,
     rate: float | None = None,
     only: Bool | None = None,
+    content: Content | None = None,
     *,
     ksmd_rests: bool = False,
 ) -> Look:
@@ -227,13 +271,16 @@ def look(
     sample of the frames is read, the same at every look: a mapping is in it if its frame is
     (where frames are hidden, each mapping for itself), and a later look reads what the first
     has read. With `only`, which goes by the places in the store, a later look reads these pages
-    alone; of the others it notes whether they are there, and new ones have no hash.
+    alone; of the others it notes whether they are there, and new ones have no hash. With
+    `content` a first look reads all, and keeps what that and `rate` say.
 
-    A frame that several of the targets share since a fork is read once, and so is a KSM page where
-    `ksmd_rests`: a running ksmd might make another page of a frame meanwhile.
+    But for samples, a frame that several of the targets share since a fork is read once, and so is
+    a KSM page where `ksmd_rests`: a running ksmd might make another page of a frame meanwhile.
 
     Raises
     ------
+    Full
+        Of a sample by content more is to be kept than there is room for.
     MemoryError
     dedup.errors.ProcessGone, dedup.errors.NotPermitted
         From opening a target's files.
@@ -281,7 +328,10 @@ def look(
             None if prior is None else _prior_arrays(prior, len(targets)),
             0 if rate is None else max(1, int(rate * (1 << 64))),
             only,
-            _once(targets, sight, ksmd_rests=ksmd_rests),
+            0 if content is None else content.below,
+            None if content is None else content.counted,
+            # The table of frames is as large as for all pages: too much beside a sample.
+            0 if rate or content is not None else _once(targets, sight, ksmd_rests=ksmd_rests),
         )
         total = sum(int((t.ranges.end - t.ranges.start).sum()) for t in targets) // sight.page_size
         while True:
@@ -289,6 +339,8 @@ def look(
             store.used = job.used
             if not job.overflowed:
                 break
+            if content is not None:
+                raise Full
             store.grow(max(65536, total - job.pages_looked))
             job.grow(store.hashes, store.frames, store.used)
         in_place = any(t.in_place for t in targets)
@@ -313,6 +365,7 @@ def look(
             range_target[which] if len(which) else which,
             [int(i) for i in job.dead_targets()],
             job.counts(),
+            job.counted_pages(),
         )
 
 

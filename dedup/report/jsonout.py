@@ -144,8 +144,11 @@ def sample_object(scan: Sampled) -> dict[str, Any]:
             "skipped": _skipped(scan),
             "sources": [],
             "sample": {
+                "by": scan.by,
                 "rate": scan.rate,
                 "within_seconds": scan.within_seconds,
+                "memory_bytes": scan.memory_bytes,
+                "frame_rate": scan.frame_rate,
                 "pages": len(pages.hashes),
                 "frames": found.sampled_frames,
                 "contents_seen": found.contents_seen,

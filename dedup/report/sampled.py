@@ -38,6 +38,11 @@ TOP: Final = 8
 """Processes shown."""
 
 
+def one_of(rate: float) -> str:
+    """A chance as one of so many."""
+    return f"1 of {1 / rate:,.3g}" if rate < 1 else "all"
+
+
 @dataclass(slots=True)
 class SampleView:
     """The terminal view of a scan of a sample.
@@ -97,12 +102,19 @@ class SampleView:
             text.append(f", {span(low * page, high * page, in_bytes=True)}")
         shares = dict.fromkeys(f"{n / max(1, total):.1%}" for n in (low, high))
         text.append(f": {' to '.join(shares)} of the {size(total * page)} here.")
-        read = Text(
-            f"An estimate from {self.scan.rate:.1%} of the memory "
-            f"({count(len(self.scan.pages.hashes), 'page')} read of {total:,}); each range holds "
-            f"with {self.scan.estimate.confidence:.0%}."
-        )
-        return [text, read]
+        kept, holds = len(self.scan.pages.hashes), f"{self.scan.estimate.confidence:.0%}"
+        if self.scan.memory_bytes is not None:
+            words = (
+                f"An estimate: kept {one_of(self.scan.rate)} contents, with all their copies, so "
+                f"that it fits into {size(self.scan.memory_bytes)} ({count(kept, 'page')} kept of "
+                f"{total:,}); each range holds with {holds}."
+            )
+        else:
+            words = (
+                f"An estimate from {self.scan.rate:.1%} of the memory ({count(kept, 'page')} read "
+                f"of {total:,}); each range holds with {holds}."
+            )
+        return [text, Text(words)]
 
     def _counters(self) -> list[RenderableType]:
         rows = []
@@ -146,14 +158,15 @@ class SampleView:
     def _notes(self) -> list[RenderableType]:
         scan = self.scan
         exact = typable(f"`dedup scan {safe(self.choice, plain=self.plain)}`")
-        words = [
-            f"{exact} reads everything: exact figures, and processes, regions and contents besides."
-        ]
+        does = "reads everything" if scan.memory_bytes is None else "keeps everything"
+        words = [f"{exact} {does}: exact figures, and processes, regions and contents besides."]
         low, _, high = self._figure("frames_freed") or (0, 0, 0)
         if high - low > WIDE * scan.present.pages:
             words.append(
                 "The range is wide: many contents are there a few times each, and a sample rarely "
                 "meets those twice. A larger one narrows it most."
+                if scan.memory_bytes is None
+                else "The range is wide: more memory (`--memory`) narrows it most."
             )
         if not scan.estimate.solved:
             words.append(

@@ -59,6 +59,8 @@ class Options:
     ranges: first address and the one behind the last, page aligned."""
     sample: float | None = None
     """Part of the frames to read, above 0 and below 1; None reads all."""
+    content: memory.Content | None = None
+    """Of a sample by content, what the first look keeps besides `sample`, of all that it reads."""
     progress: Callable[[str, int, int], None] | None = None
     """Called with what is under way, done and total."""
 
@@ -95,6 +97,8 @@ class LiveSource:
     seed: int = 0
     counts: dict[int, I64] = field(default_factory=dict)
     """Of a sample, `_core.COUNTS` of all pages present at the last look, by process (index)."""
+    counted: I64 = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Of a sample by content, pages of each content that was counted, at the first look."""
     _store: memory.Store | None = None
     _index: dict[int, int] = field(default_factory=dict)
     _chosen: set[int] = field(default_factory=set)
@@ -309,10 +313,16 @@ class LiveSource:
         """Look at opened targets, with so many pages to expect."""
         pages = self.pages
         assert pages is not None
-        if self._store is None:
+        content = self.options.content
+        if self._store is None and content is not None:
+            self._store = memory.Store.of(content.room)
+            self.counted = np.zeros(len(content.counted), np.int64)
+        elif self._store is None:
             # Room for this batch and, by a guess, those to come; untouched room is free.
             self._store = memory.Store.of(anonymous + anonymous // 8 + 65536)
-        elif first and self._store.hashes.shape[0] - self._store.used < anonymous:
+        elif not first or content is not None:
+            pass
+        elif self._store.hashes.shape[0] - self._store.used < anonymous:
             self._store.grow(anonymous + anonymous // 8 + 65536)
         if not targets:
             return
@@ -329,8 +339,11 @@ class LiveSource:
             None if progress is None else lambda done, total: progress("pages", done, total),
             self.options.sample,
             self._only,
+            content,
             ksmd_rests=not merging,
         )
+        if first and content is not None:
+            self.counted += found.counted
         for i, target in enumerate(targets):
             self.counts[self._index[target.handle.pid]] = found.counts[i]
         for i, target in enumerate(targets):
@@ -359,7 +372,7 @@ class LiveSource:
                 )
         counters = ksm_interface.process_counters(handle)
         whole = self.options.scope == "compatible" and handle.pid not in self.options.marked
-        countable = whole and self.options.sample is None
+        countable = whole and not self.options.sample and self.options.content is None
         found = mappings.of(handle, counters, self.sight, countable=countable)
         advised = any("mg" in m.vm_flags for m in found)
         # A fork or a running ksmd between pagemap and read would cost the target its sharing:
