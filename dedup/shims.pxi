@@ -133,8 +133,8 @@ def first_present(int fd, const uint64_t[::1] starts not None, const uint64_t[::
                   uint64_t huge_bytes, int page_size):
     """The first present anonymous page of each range, and whether a huge page is mapped as one.
 
-    Huge pages are looked for at their own multiples, which takes one call for each; the shared
-    zero page is left out.
+    Huge pages are looked for at their own multiples, which takes one call for each where memory
+    is; the shared zero page is left out.
 
     Parameters
     ----------
@@ -171,11 +171,13 @@ def first_present(int fd, const uint64_t[::1] starts not None, const uint64_t[::
                 is_huge[i] = found.categories & P_HUGE != 0
                 if pread(fd, &word[i], 8, <int64_t>(found.start // page_size) * 8) != 8:
                     word[i] = 0
-                at = (found.start + huge_bytes - 1) // huge_bytes * huge_bytes if huge_bytes else 0
-                while huge_bytes and not is_huge[i] and at + huge_bytes <= ends[i] and rc >= 0:
-                    rc = _present_page(fd, at, at + page_size, &found)
+                while huge_bytes and not is_huge[i] and rc == 1:
+                    at = found.start // huge_bytes * huge_bytes + huge_bytes
+                    if at + huge_bytes > ends[i]:
+                        break
+                    # The next page wherever it is, so that holes, which may be long, cost nothing.
+                    rc = _present_page(fd, at, ends[i], &found)
                     is_huge[i] = rc == 1 and found.categories & P_HUGE != 0
-                    at += huge_bytes
             if rc < 0:
                 failure = errno
                 break

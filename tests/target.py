@@ -87,16 +87,23 @@ class Target:
         flags: int = PRIVATE_ANONYMOUS,
         align: int = 0,
         file: str = "",
+        path: str = "",
     ) -> int:
-        """Map private anonymous memory, or with `file` a file ("memfd" for one in memory)."""
+        """Map private anonymous memory, or with `file` a file ("memfd" for one in memory).
+
+        With `path` it is that one, as it is.
+        """
         fd = -1
-        if file == "memfd":
+        if path:
+            fd = os.open(path, os.O_RDWR)
+        elif file == "memfd":
             fd = os.memfd_create("target")
         elif file:
-            fd, path = tempfile.mkstemp(prefix="target-")
-            os.unlink(path)
-        if fd >= 0:
+            fd, name_of_it = tempfile.mkstemp(prefix="target-")
+            os.unlink(name_of_it)
+        if fd >= 0 and not path:
             os.write(fd, random.Random(file).randbytes(pages * PAGE))
+        if fd >= 0:
             flags &= ~0x20
         room = pages * PAGE + align
         at = check(LIBC.mmap(None, room, 3, flags, fd, 0), "mmap")

@@ -19,7 +19,8 @@ def file_systems(handle: Handle) -> dict[tuple[int, int], str]:
     dedup.errors.ProcessGone, dedup.errors.NotPermitted
     """
     found = {}
-    for line in handle.read("mountinfo").splitlines():
+    # Not splitlines: of what may stand in a path the kernel writes \n, but not \r, as an octal.
+    for line in handle.read("mountinfo").split(b"\n")[:-1]:
         head, _, tail = line.partition(b" - ")
         words = head.split(b" ", 3)
         major, _, minor = words[2].partition(b":")

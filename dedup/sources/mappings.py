@@ -109,7 +109,8 @@ def _quiet(handle: Handle, counters: ProcessCounters | None) -> bool:
 
 def _without_smaps(handle: Handle, sight: Sight) -> list[maps.Mapping] | None:
     """The mappings by /proc/PID/maps and pagemap; None where that does not tell enough."""
-    lines = handle.read("maps").splitlines()
+    # Not splitlines: the kernel writes \012 for a line break in a name, and \r as it is.
+    lines = handle.read("maps").split(b"\n")[:-1]
     if len(lines) > MOST_MAPPINGS:
         return None
     nothing = frozenset[str]()
@@ -174,14 +175,21 @@ def _flags(
     if inode == b"0":
         return KERNELS_OWN.get(name)
     major, _, minor = device.partition(b":")
-    ordinary = file_systems.get((int(major, 16), int(minor, 16))) in ORDINARY
-    if not perms.endswith(b"s"):
-        return frozenset() if ordinary else None
-    if not ordinary and name != SHARED_MEMORY:
+    if file_systems.get((int(major, 16), int(minor, 16))) not in ORDINARY:
+        if name != SHARED_MEMORY or not perms.endswith(b"s"):
+            return None
+    elif not _regular(handle, where):
         return None
+    if not perms.endswith(b"s"):
+        return frozenset()
     if not perms.startswith(b"rw") and not _opened_for_writing(handle, where):
         return frozenset({"ms"})
     return frozenset({"sh", "ms"})
+
+
+def _regular(handle: Handle, where: bytes) -> bool:
+    """Whether a mapped file is no device: their nodes may lie in any file system."""
+    return stat.S_ISREG(os.stat(b"map_files/" + where, dir_fd=handle.dir_fd).st_mode)
 
 
 def _opened_for_writing(handle: Handle, where: bytes) -> bool:

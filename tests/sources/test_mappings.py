@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import stat
+import time
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -16,6 +19,7 @@ from tests.kernel_fixtures import PAGE, Target, at_rest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from dedup.pages import Region
 
@@ -24,7 +28,7 @@ pytestmark = pytest.mark.root
 HUGE: Final = 2 << 20
 PAGES: Final = 6000
 """Of the memory that makes it worth it."""
-PRIVATE, SHARED, DROPPABLE, ANONYMOUS = 2, 1, 8, 0x20
+PRIVATE, SHARED, DROPPABLE, ANONYMOUS, NORESERVE = 2, 1, 8, 0x20, 0x4000
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +129,41 @@ def test_pages_written_in_a_file_s_mapping(target: Target, monkeypatch: pytest.M
     target.do("map", name="file", pages=40, flags=PRIVATE, file="some")
     target.do("touch", name="file", at=0, count=20)
     target.do("put", name="file", at=5, what=["one", "one", "two"])
+    same(target, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["a\rb", "a\r7000-8000 rw-p 00000000 00:00 0 ", "a\nb c\\"])
+def test_any_name_of_a_file(
+    target: Target, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / name
+    file.write_bytes(os.urandom(10 * PAGE))
+    target.do("map", name="file", pages=10, flags=PRIVATE, path=str(file))
+    target.do("put", name="file", at=5, what=["one", "two"])
+    same(target, monkeypatch)
+
+
+@pytest.mark.parametrize("flags", [PRIVATE, SHARED])
+def test_a_device_is_left_to_smaps_wherever_its_node_lies(
+    target: Target, tmp_path: Path, flags: int
+) -> None:
+    node = tmp_path / "device"
+    os.mknod(node, stat.S_IFCHR | 0o600, os.stat("/dev/zero").st_rdev)
+    target.do("map", name="device", pages=10, flags=flags, path=str(node))
+    found = without_smaps(target.pid)
+    # A shared mapping of /dev/zero is memory of another file.
+    assert found is None if flags == PRIVATE else found is not None
+
+
+def test_a_long_hole_behind_a_page_takes_no_time(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target.do("map", name="sparse", pages=1 << 32, flags=PRIVATE | ANONYMOUS | NORESERVE)
+    target.do("put", name="sparse", at=5, what=["one"])
+    target.do("protect", name="sparse", how="none")
+    begin = time.monotonic()
+    assert without_smaps(target.pid) is not None
+    assert time.monotonic() - begin < 1, "8 million calls take some 6 s"
     same(target, monkeypatch)
 
 
