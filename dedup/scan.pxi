@@ -31,12 +31,14 @@ FLAGS = {
 RANGE_HUGE = 1       # PMD-mapped huge pages throughout
 RANGE_KSM = 2        # may hold KSM pages: look at kpageflags, else no fast path
 RANGE_LOCKED = 4
-RANGE_SHARED = 8     # the exclusive mark of its pages says nothing: see live._add_ranges
+RANGE_SHARED = 8     # the exclusive mark of its pages says nothing: see ranges.Chooser.add
+RANGE_TORN = 16      # relatives may map other pages of a huge page that is not mapped as one
 cdef enum:
     R_HUGE = 1
     R_KSM = 2
     R_LOCKED = 4
     R_SHARED = 8
+    R_TORN = 16
 
 # Flags of a target given to a Job.
 TARGET_FAST = 1      # process_vm_readv allowed over exclusive pages that are no KSM page
@@ -722,9 +724,13 @@ cdef class Job:
                     i += 1
 
     cdef inline int _may_read_fast(self, Worker *w, int64_t i) noexcept nogil:
-        """The one rule: exclusive, known to be no KSM page."""
+        """The one rule: exclusive, no part of a shared huge page, known to be no KSM page."""
         cdef uint64_t word = w.word[i]
         if not word & EXCLUSIVE or word & KSM or w.known[i]:
+            return 0
+        # Of a huge page that relatives map in part, process_vm_readv would copy even a page that
+        # has no other mapping (mm/memory.c, wp_can_reuse_anon_folio).
+        if word & THP and self.range_flags[w.where_range[i]] & R_TORN:
             return 0
         return not (self.range_flags[w.where_range[i]] & R_KSM
                     and (word & HIDDEN or self.kpageflags_fd < 0))

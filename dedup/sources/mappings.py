@@ -82,7 +82,9 @@ def of(
     Unsupported
         The kernel shows no VmFlags.
     """
-    if countable and _quiet(handle, counters) and sight.kpageflags and sight.pagemap_scan:
+    # With huge pages of all sizes it matters whether relatives share any, which smaps tells.
+    visible = sight.kpageflags and sight.pagemap_scan and not sight.every_folio
+    if countable and visible and _quiet(handle, counters):
         try:
             found = _without_smaps(handle, sight)
         except (OSError, NotPermitted):

@@ -68,6 +68,7 @@ class Chooser:
         # relative wrote to that one alone, the others are shared all the same, and would be
         # unshared by process_vm_readv.
         shared = 0 if m.shared_bytes == 0 else _core.RANGE_SHARED
+        flags |= 0 if m.shared_bytes == 0 else _core.RANGE_TORN
         sparse = m.anonymous_bytes * 2 < size
         start, end = region.start, region.end
         if self.sight.pagemap_scan and (sparse or m.anon_huge_bytes or not self.sight.frames):

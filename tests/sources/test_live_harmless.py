@@ -129,6 +129,23 @@ def test_a_huge_page_whose_first_page_alone_a_relative_wrote_to(target: Target) 
     assert found.tally.proc_mem_pages >= pages
 
 
+def test_pages_of_torn_huge_pages_stay_where_they_are(target: Target) -> None:
+    """The child alone maps some pages of huge ones that it shares: they look exclusive."""
+    start = target.do("map", name="a", pages=2048, align=HUGE)
+    target.do("advise", name="a", what="hugepage")
+    target.do("fill", name="a", at=0, count=2048, what="unique")
+    child = target.do("fork")
+    for i in range(0, 2048, 64):
+        target.do("fill", name="a", at=i, count=1, what="parent's")
+    for i in range(3, 2048, 512):
+        target.do("fill", child=(0,), name="a", at=i, count=1, what="child's")
+    before = frames(child, start, 2048)
+    found = scan_pids([child], Plan(passes=1))
+    assert frames(child, start, 2048) == before
+    assert found.tally.sharing_lost_pages == 0
+    assert found.tally.process_vm_readv_pages > 0
+
+
 def test_untouched_memory_stays_so(target: Target) -> None:
     start = target.do("map", name="a", pages=262144)
     target.do("fill", name="a", at=5000, count=3, what="unique")
