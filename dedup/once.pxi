@@ -1,9 +1,12 @@
 # Frames met in a look, so that each is read once, however many mappings it has.
 #
 # A KSM page never changes, and a frame that several processes share since a fork is copied before
-# it is written to. The table holds places in the arrays of the pages, and finds a frame by its
-# number there: 4 bytes a slot. Blocks of frames lie together, as they do in memory, at a place
-# that is drawn anew up to so many times.
+# it is written to, as long as they share it. (Freed and shared anew within a look, it counts with
+# what it held before: as does whatever changes once it was read.)
+#
+# The table holds places in the arrays of the pages, and finds a frame by its number there: 4 bytes
+# a slot. Blocks of frames lie together, as they do in memory, at a place that is drawn anew up to
+# so many times.
 
 cdef enum:
     FRAMES_BLOCK = 512

@@ -551,7 +551,7 @@ def mark_outside(pages: Pages, groups: Groups, sight: Sight, threads: int = 1) -
     if one and sight.pagemap_scan:
         # Its pages have a frame each, KSM pages apart: what is not exclusive is mapped elsewhere.
         _core.put(frames, mask | Flag.THP, value, Flag.OUTSIDE)
-        # The mark of a huge page says less (`_add_ranges`).
+        # The mark of a huge page says less (`ranges.Chooser.add`).
         mask, value = mask | Flag.THP, value | Flag.THP
         if not groups.census.of(mask, value):
             return

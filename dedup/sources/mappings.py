@@ -8,7 +8,7 @@ decides about KSM can be known without, and pages are counted by the look itself
 - nothing is locked (VmLck), and nothing swapped on the whole host;
 - private anonymous memory has none of the VmFlags that KSM refuses but VM_DROPPABLE, whose pages
   are not swap-backed (mm/rmap.c, folio_add_new_anon_rmap): kpageflags shows it of any page;
-- private mappings of files of ordinary file systems have none either;
+- private mappings of files of ordinary file systems have none either, devices apart;
 - shared mappings are refused in any case: by VM_SHARED, if the file is open for writing
   (mm/mmap.c, do_mmap), else by VM_MAYSHARE.
 
