@@ -34,13 +34,20 @@ COUNTERS: Final = (
 IN_BYTES: Final = ("saved_bytes", "general_profit")
 WIDE: Final = 0.05
 """Part of the memory from which on a range is worth a larger sample."""
+MOST: Final = 0.5
+"""Of a sample by content, the rate up to which it is one of so many."""
 TOP: Final = 8
 """Processes shown."""
 
 
-def one_of(rate: float) -> str:
-    """A chance as one of so many."""
-    return f"1 of {1 / rate:,.3g}" if rate < 1 else "all"
+def part_of(rate: float) -> str:
+    """A chance as one of so many; where that is nearly all, as a percentage."""
+    if rate >= 1:
+        return "all"
+    if rate > MOST:
+        return f"{rate:.1%} of the"
+    # Not 1.5e+03.
+    return f"1 of {1 / rate:.3g}" if 1 / rate < 1000 else f"1 of {1 / rate:,.0f}"
 
 
 @dataclass(slots=True)
@@ -105,7 +112,7 @@ class SampleView:
         kept, holds = len(self.scan.pages.hashes), f"{self.scan.estimate.confidence:.0%}"
         if self.scan.memory_bytes is not None:
             words = (
-                f"An estimate: kept {one_of(self.scan.rate)} contents, with all their copies, so "
+                f"An estimate: kept {part_of(self.scan.rate)} contents, with all their copies, so "
                 f"that it fits into {size(self.scan.memory_bytes)} ({count(kept, 'page')} kept of "
                 f"{total:,}); each range holds with {holds}."
             )
@@ -125,7 +132,9 @@ class SampleView:
                 rows.append([name, "unknown", ""])
                 continue
             low, point, high = figure
-            between = "exact" if low == high else f"{words(low)} to {words(high)}"
+            # With its figure: a narrow terminal has no room for the column before.
+            exact = f"{words(low)}, exact"
+            between = exact if low == high else f"{words(low)} to {words(high)}"
             rows.append([name, words(point), between])
         columns = [
             Column("COUNTER", 9, right=False),

@@ -13,6 +13,7 @@ import pytest
 
 import dedup as package
 from dedup.errors import Refused, Usage
+from dedup.report.sampled import part_of
 from dedup.sampling import Sampled
 from dedup.scanning import Scan
 
@@ -158,7 +159,8 @@ def test_text(dedup: Dedup, chosen: tuple[str, ...], least: int) -> None:
     assert max(map(len, lines)) <= 80
     words = " ".join(result.out.split())
     assert re.search(
-        r"kept 1 of [\d.]+ contents, with all their copies, so that it fits into ", words
+        r"kept (1 of [\d.]+|[\d.]+% of the) contents, with all their copies, so that it fits into ",
+        words,
     )
     assert f"it fits into {least}.0 MiB" in words
     assert "each range holds with 95%" in words
@@ -171,6 +173,21 @@ def test_narrow_terminal(chosen: tuple[str, ...], least: int, columns: int) -> N
     shown = on_terminal(args, columns)
     assert shown.status == 0
     assert max(map(len, shown.screen.splitlines())) <= columns
+    assert re.search(r"thp_split +(0 +)?0, exact", shown.screen), "a figure, however narrow"
+
+
+@pytest.mark.parametrize(
+    ("rate", "words"),
+    [
+        (1.0, "all"),
+        (0.996, "99.6% of the"),
+        (0.5, "1 of 2"),
+        (0.03, "1 of 33.3"),
+        (1 / 1500, "1 of 1,500"),
+    ],
+)
+def test_how_much_is_kept(rate: float, words: str) -> None:
+    assert part_of(rate) == words
 
 
 def test_everything_where_it_fits(dedup: Dedup, chosen: tuple[str, ...]) -> None:
