@@ -200,7 +200,7 @@ cdef class Job:
         int64_t[:, ::1] counted
         const uint8_t[::1] only
         int partial
-        int once
+        int once, reads
         Frames by_frame
         readonly int64_t fast_pages, slow_pages, changed_pages, unread_pages, known_pages, bytes
 
@@ -228,6 +228,7 @@ cdef class Job:
         self.zero_hash = _hash_page(&zero_view[0], page_size, self.secret, 192)
         self.pids, self.mem_fds, self.pagemap_fds = pids, mem_fds, pagemap_fds
         self.target_flags = target_flags
+        self.reads = any(not flags & T_IN_PLACE for flags in target_flags)
         self.range_start, self.range_end = range_start, range_end
         self.range_target, self.range_flags = range_target, range_flags
         self.hashes, self.frames = hashes, frames
@@ -391,7 +392,7 @@ cdef class Job:
         cdef int64_t i
         memset(&w, 0, sizeof(w))
         with nogil:
-            rc = _worker_open(&w, self.page_size)
+            rc = _worker_open(&w, self.page_size, self.reads)
             if rc == 0:
                 rc = self._loop(&w)
         try:
@@ -994,10 +995,11 @@ cdef int64_t _pread_all(int fd, void *buf, int64_t size, int64_t offset) noexcep
     return done
 
 
-cdef int _worker_open(Worker *w, int page_size) noexcept nogil:
-    """Buffers of a thread; the page buffer on a huge page, touched once."""
+cdef int _worker_open(Worker *w, int page_size, int reads) noexcept nogil:
+    """Buffers of a thread; the page buffer, if it reads, on a huge page, touched once."""
     cdef size_t pages = UNIT_BYTES // page_size
     cdef uint8_t *begin
+    cdef size_t i
     w.mapping = <uint8_t *>mmap(NULL, MAPPING_BYTES, PROT_READ | PROT_WRITE,
                                 MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
     if w.mapping == <uint8_t *>MAP_FAILED:
@@ -1019,9 +1021,11 @@ cdef int _worker_open(Worker *w, int page_size) noexcept nogil:
             or w.where_range == NULL or w.known == NULL or w.nearby == NULL
             or w.local == NULL or w.remote == NULL):
         return -1
-    # Reading lands on one huge page but for the end: fewer TLB misses, one fault.
-    c_madvise(begin, UNIT_BYTES, MADV_HUGEPAGE)
-    memset(w.buffer, 0, UNIT_BYTES)
+    if reads:
+        # Reading lands on one huge page but for the end: fewer TLB misses, one fault.
+        c_madvise(begin, UNIT_BYTES, MADV_HUGEPAGE)
+        for i in range(pages):
+            w.buffer[i * page_size] = 0
     return 0
 
 
