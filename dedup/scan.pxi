@@ -183,7 +183,7 @@ cdef class Job:
         int second
         int64_t zero_frame
         int kpageflags_fd
-        int64_t huge_frames
+        int block_shift
         int every_folio
         Unit *units
         int64_t n_units
@@ -235,7 +235,7 @@ cdef class Job:
         self.n_used = used
         self.zero_frame = zero_frame
         self.kpageflags_fd = kpageflags_fd
-        self.huge_frames = huge_bytes // page_size
+        self.block_shift = (huge_bytes // page_size).bit_length() - 1
         self.every_folio = every_folio
         self.second = prior is not None
         if prior is None:
@@ -554,8 +554,9 @@ cdef class Job:
     cdef int64_t _look(self, Worker *w, int64_t u, int64_t target) noexcept nogil:
         """Pagemap of the unit; fills address, word, where_range; gives the candidates."""
         cdef int64_t left = self.units[u].pages, r = self.units[u].range, n = 0, count, i, got
-        cdef uint64_t at = <uint64_t>self.units[u].start, e, word, pfn, of_block = 0
-        cdef int64_t block = -1
+        cdef uint64_t at = <uint64_t>self.units[u].start, e, word, pfn
+        cdef int64_t block, blocks = self.block_state.shape[0]
+        cdef uint8_t state
         cdef int64_t page_size = self.page_size
         cdef int fd = <int>self.pagemap_fds[target]
         cdef int range_flags, unasked = 0
@@ -590,10 +591,12 @@ cdef class Job:
                     if self._each_apart(range_flags):
                         unasked = 1
                     else:
-                        if <int64_t>pfn // self.huge_frames != block:
-                            block = <int64_t>pfn // self.huge_frames
-                            of_block = self._flags_of_block(pfn)
-                        word |= of_block
+                        block = <int64_t>(pfn >> self.block_shift)
+                        state = self.block_state[block] if block < blocks else 0
+                        if state == 0:
+                            word |= self._flags_of_block(pfn)
+                        elif state == 2:
+                            word |= THP
                 w.address[n] = at + <uint64_t>(i * page_size)
                 w.word[n] = word
                 w.where_range[n] = <int32_t>r
@@ -639,14 +642,11 @@ cdef class Job:
     cdef uint64_t _flags_of_block(self, uint64_t pfn) noexcept nogil:
         """THP of a frame; one look per block of `huge_bytes`, which is of one kind."""
         cdef uint64_t kpf = 0, word
-        cdef int64_t block = <int64_t>pfn // self.huge_frames
-        cdef int known = block < self.block_state.shape[0]
-        if known and self.block_state[block]:
-            return THP if self.block_state[block] == 2 else 0
+        cdef int64_t block = <int64_t>(pfn >> self.block_shift)
         if pread(self.kpageflags_fd, &kpf, 8, <int64_t>pfn * 8) != 8:
             return 0
         word = _flags_of(kpf)
-        if known:
+        if block < self.block_state.shape[0]:
             self.block_state[block] = 2 if word & THP else 1
         return word
 
