@@ -116,6 +116,8 @@ cdef struct Worker:
     int64_t known_pages
     int64_t bytes
     int64_t seen[4]   # COUNTS of the unit
+    int64_t *in_range     # candidates in each range of the unit, in order
+    int64_t n_ranges
 
 
 @cython.final
@@ -198,6 +200,7 @@ cdef class Job:
         int64_t[::1] counted_at, counted_pages_
         uint64_t counted_mask
         int64_t[:, ::1] counted
+        int64_t[::1] in_ranges
         const uint8_t[::1] only
         int partial
         int once, reads
@@ -251,6 +254,7 @@ cdef class Job:
         # Not the hash's own seed: what is read must not hang together with what it is.
         self.sample_seed = _mix64(seed ^ <uint64_t>0x73616D706C65)
         self.counted = np.zeros((self.pids.shape[0], COUNTED), np.int64)
+        self.in_ranges = np.zeros(self.range_start.shape[0], np.int64)
         self.partial = only is not None
         self.only = np.zeros(0, np.uint8) if only is None else only.view(np.uint8)
         self.content_below = content_below
@@ -355,6 +359,10 @@ cdef class Job:
         """Pages of each of the counted contents, in their order; not to be had of a job that grew.
         """
         return np.asarray(self.counted_pages_)
+
+    def range_pages(self):
+        """Present pages of each range, whether they were read or not: int64 array."""
+        return np.asarray(self.in_ranges)
 
     def forked_targets(self):
         """Targets (indices) where an exclusive page changed its frame while it was read."""
@@ -480,6 +488,8 @@ cdef class Job:
         if self.below:
             for i in range(COUNTED):
                 dedup_fetch_add(&self.counted[target, i], w.seen[i])
+        for i in range(w.n_ranges):
+            dedup_fetch_add(&self.in_ranges[self.units[u].range + i], w.in_range[i])
         self.unit_done[u] = 1
         return 0
 
@@ -554,13 +564,16 @@ cdef class Job:
     cdef int64_t _look(self, Worker *w, int64_t u, int64_t target) noexcept nogil:
         """Pagemap of the unit; fills address, word, where_range; gives the candidates."""
         cdef int64_t left = self.units[u].pages, r = self.units[u].range, n = 0, count, i, got
+        cdef int64_t before
         cdef uint64_t at = <uint64_t>self.units[u].start, e, word, pfn
         cdef int64_t block, blocks = self.block_state.shape[0]
         cdef uint8_t state
         cdef int64_t page_size = self.page_size
         cdef int fd = <int>self.pagemap_fds[target]
         cdef int range_flags, unasked = 0
+        w.n_ranges = 0
         while left > 0:
+            before = n
             count = <int64_t>((self.range_end[r] - at) // <uint64_t>page_size)
             if count > left:
                 count = left
@@ -601,6 +614,8 @@ cdef class Job:
                 w.word[n] = word
                 w.where_range[n] = <int32_t>r
                 n += 1
+            w.in_range[w.n_ranges] = n - before
+            w.n_ranges += 1
             left -= count
             r += 1
             if left > 0:
@@ -1013,13 +1028,14 @@ cdef int _worker_open(Worker *w, int page_size, int reads) noexcept nogil:
     w.word = <uint64_t *>malloc(2 * pages * 8)
     w.digest = <uint64_t *>malloc(2 * pages * 8)
     w.where_range = <int32_t *>malloc(2 * pages * 4)
+    w.in_range = <int64_t *>malloc(UNIT_RANGES * sizeof(int64_t))
     w.known = <int64_t *>calloc(pages, sizeof(int64_t))
     w.nearby = <uint16_t *>malloc(NEARBY_SLOTS * sizeof(uint16_t))
     w.local = <iovec *>malloc(MAX_IOV * sizeof(iovec))
     w.remote = <iovec *>malloc(MAX_IOV * sizeof(iovec))
     if (w.look == NULL or w.address == NULL or w.word == NULL or w.digest == NULL
             or w.where_range == NULL or w.known == NULL or w.nearby == NULL
-            or w.local == NULL or w.remote == NULL):
+            or w.in_range == NULL or w.local == NULL or w.remote == NULL):
         return -1
     if reads:
         # Reading lands on one huge page but for the end: fewer TLB misses, one fault.
@@ -1038,6 +1054,7 @@ cdef void _worker_close(Worker *w) noexcept nogil:
     free(w.digest)
     free(w.where_range)
     free(w.known)
+    free(w.in_range)
     free(w.nearby)
     free(w.local)
     free(w.remote)
