@@ -118,6 +118,8 @@ cdef struct Worker:
     int64_t known_pages
     int64_t bytes
     int64_t seen[4]   # COUNTS of the unit
+    int64_t *in_range     # candidates in each range of the unit, in order
+    int64_t n_ranges
 
 
 @cython.final
@@ -185,7 +187,7 @@ cdef class Job:
         int second
         int64_t zero_frame
         int kpageflags_fd
-        int64_t huge_frames
+        int block_shift
         int every_folio
         Unit *units
         int64_t n_units
@@ -200,9 +202,10 @@ cdef class Job:
         int64_t[::1] counted_at, counted_pages_
         uint64_t counted_mask
         int64_t[:, ::1] counted
+        int64_t[::1] in_ranges
         const uint8_t[::1] only
         int partial
-        int once
+        int once, reads
         Frames by_frame
         readonly int64_t fast_pages, slow_pages, changed_pages, unread_pages, known_pages, bytes
 
@@ -230,13 +233,14 @@ cdef class Job:
         self.zero_hash = _hash_page(&zero_view[0], page_size, self.secret, 192)
         self.pids, self.mem_fds, self.pagemap_fds = pids, mem_fds, pagemap_fds
         self.target_flags = target_flags
+        self.reads = any(not flags & T_IN_PLACE for flags in target_flags)
         self.range_start, self.range_end = range_start, range_end
         self.range_target, self.range_flags = range_target, range_flags
         self.hashes, self.frames = hashes, frames
         self.n_used = used
         self.zero_frame = zero_frame
         self.kpageflags_fd = kpageflags_fd
-        self.huge_frames = huge_bytes // page_size
+        self.block_shift = (huge_bytes // page_size).bit_length() - 1
         self.every_folio = every_folio
         self.second = prior is not None
         if prior is None:
@@ -252,6 +256,7 @@ cdef class Job:
         # Not the hash's own seed: what is read must not hang together with what it is.
         self.sample_seed = _mix64(seed ^ <uint64_t>0x73616D706C65)
         self.counted = np.zeros((self.pids.shape[0], COUNTED), np.int64)
+        self.in_ranges = np.zeros(self.range_start.shape[0], np.int64)
         self.partial = only is not None
         self.only = np.zeros(0, np.uint8) if only is None else only.view(np.uint8)
         self.content_below = content_below
@@ -357,6 +362,10 @@ cdef class Job:
         """
         return np.asarray(self.counted_pages_)
 
+    def range_pages(self):
+        """Present pages of each range, whether they were read or not: int64 array."""
+        return np.asarray(self.in_ranges)
+
     def forked_targets(self):
         """Targets (indices) where an exclusive page changed its frame while it was read."""
         return np.flatnonzero(np.asarray(self.no_fast))
@@ -393,7 +402,7 @@ cdef class Job:
         cdef int64_t i
         memset(&w, 0, sizeof(w))
         with nogil:
-            rc = _worker_open(&w, self.page_size)
+            rc = _worker_open(&w, self.page_size, self.reads)
             if rc == 0:
                 rc = self._loop(&w)
         try:
@@ -481,6 +490,8 @@ cdef class Job:
         if self.below:
             for i in range(COUNTED):
                 dedup_fetch_add(&self.counted[target, i], w.seen[i])
+        for i in range(w.n_ranges):
+            dedup_fetch_add(&self.in_ranges[self.units[u].range + i], w.in_range[i])
         self.unit_done[u] = 1
         return 0
 
@@ -555,12 +566,16 @@ cdef class Job:
     cdef int64_t _look(self, Worker *w, int64_t u, int64_t target) noexcept nogil:
         """Pagemap of the unit; fills address, word, where_range; gives the candidates."""
         cdef int64_t left = self.units[u].pages, r = self.units[u].range, n = 0, count, i, got
-        cdef uint64_t at = <uint64_t>self.units[u].start, e, word, pfn, of_block = 0
-        cdef int64_t block = -1
+        cdef int64_t before
+        cdef uint64_t at = <uint64_t>self.units[u].start, e, word, pfn
+        cdef int64_t block, blocks = self.block_state.shape[0]
+        cdef uint8_t state
         cdef int64_t page_size = self.page_size
         cdef int fd = <int>self.pagemap_fds[target]
         cdef int range_flags, unasked = 0
+        w.n_ranges = 0
         while left > 0:
+            before = n
             count = <int64_t>((self.range_end[r] - at) // <uint64_t>page_size)
             if count > left:
                 count = left
@@ -591,14 +606,18 @@ cdef class Job:
                     if self._each_apart(range_flags):
                         unasked = 1
                     else:
-                        if <int64_t>pfn // self.huge_frames != block:
-                            block = <int64_t>pfn // self.huge_frames
-                            of_block = self._flags_of_block(pfn)
-                        word |= of_block
+                        block = <int64_t>(pfn >> self.block_shift)
+                        state = self.block_state[block] if block < blocks else 0
+                        if state == 0:
+                            word |= self._flags_of_block(pfn)
+                        elif state == 2:
+                            word |= THP
                 w.address[n] = at + <uint64_t>(i * page_size)
                 w.word[n] = word
                 w.where_range[n] = <int32_t>r
                 n += 1
+            w.in_range[w.n_ranges] = n - before
+            w.n_ranges += 1
             left -= count
             r += 1
             if left > 0:
@@ -640,14 +659,11 @@ cdef class Job:
     cdef uint64_t _flags_of_block(self, uint64_t pfn) noexcept nogil:
         """THP of a frame; one look per block of `huge_bytes`, which is of one kind."""
         cdef uint64_t kpf = 0, word
-        cdef int64_t block = <int64_t>pfn // self.huge_frames
-        cdef int known = block < self.block_state.shape[0]
-        if known and self.block_state[block]:
-            return THP if self.block_state[block] == 2 else 0
+        cdef int64_t block = <int64_t>(pfn >> self.block_shift)
         if pread(self.kpageflags_fd, &kpf, 8, <int64_t>pfn * 8) != 8:
             return 0
         word = _flags_of(kpf)
-        if known:
+        if block < self.block_state.shape[0]:
             self.block_state[block] = 2 if word & THP else 1
         return word
 
@@ -1000,10 +1016,11 @@ cdef int64_t _pread_all(int fd, void *buf, int64_t size, int64_t offset) noexcep
     return done
 
 
-cdef int _worker_open(Worker *w, int page_size) noexcept nogil:
-    """Buffers of a thread; the page buffer on a huge page, touched once."""
+cdef int _worker_open(Worker *w, int page_size, int reads) noexcept nogil:
+    """Buffers of a thread; the page buffer, if it reads, on a huge page, touched once."""
     cdef size_t pages = UNIT_BYTES // page_size
     cdef uint8_t *begin
+    cdef size_t i
     w.mapping = <uint8_t *>mmap(NULL, MAPPING_BYTES, PROT_READ | PROT_WRITE,
                                 MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
     if w.mapping == <uint8_t *>MAP_FAILED:
@@ -1017,17 +1034,20 @@ cdef int _worker_open(Worker *w, int page_size) noexcept nogil:
     w.word = <uint64_t *>malloc(2 * pages * 8)
     w.digest = <uint64_t *>malloc(2 * pages * 8)
     w.where_range = <int32_t *>malloc(2 * pages * 4)
+    w.in_range = <int64_t *>malloc(UNIT_RANGES * sizeof(int64_t))
     w.known = <int64_t *>calloc(pages, sizeof(int64_t))
     w.nearby = <uint16_t *>malloc(NEARBY_SLOTS * sizeof(uint16_t))
     w.local = <iovec *>malloc(MAX_IOV * sizeof(iovec))
     w.remote = <iovec *>malloc(MAX_IOV * sizeof(iovec))
     if (w.look == NULL or w.address == NULL or w.word == NULL or w.digest == NULL
             or w.where_range == NULL or w.known == NULL or w.nearby == NULL
-            or w.local == NULL or w.remote == NULL):
+            or w.in_range == NULL or w.local == NULL or w.remote == NULL):
         return -1
-    # Reading lands on one huge page but for the end: fewer TLB misses, one fault.
-    c_madvise(begin, UNIT_BYTES, MADV_HUGEPAGE)
-    memset(w.buffer, 0, UNIT_BYTES)
+    if reads:
+        # Reading lands on one huge page but for the end: fewer TLB misses, one fault.
+        c_madvise(begin, UNIT_BYTES, MADV_HUGEPAGE)
+        for i in range(pages):
+            w.buffer[i * page_size] = 0
     return 0
 
 
@@ -1040,6 +1060,7 @@ cdef void _worker_close(Worker *w) noexcept nogil:
     free(w.digest)
     free(w.where_range)
     free(w.known)
+    free(w.in_range)
     free(w.nearby)
     free(w.local)
     free(w.remote)

@@ -186,6 +186,8 @@ def command(
             "save some instances, each with `dedup scan --pid N --save web-1.dedup`, then "
             "`dedup capacity web-*.dedup`; or try a command: `dedup capacity --pilot 'COMMAND'`",
         )
+    if ram == 0:
+        raise Usage("--ram takes the memory of a host, above 0", "such as `--ram 64G`")
     if ram is not None and reserve >= ram:
         raise Usage("--reserve takes all of --ram", "give more memory, or reserve less of it")
     if mix is not None and label is not None:

@@ -267,7 +267,9 @@ def _warnings(
          "had memory swapped out, which is not counted"),
     ):  # fmt: skip
         if chosen:
-            warn(code, f"{who(chosen)} {words}")
+            several = min(len(facts), len(chosen)) > 1
+            verb = words.replace("was ", "were ", 1) if several else words
+            warn(code, f"{who(chosen)} {verb}")
     if all(f.randomized == "none" for f in facts) and i.certain:
         warn(
             "fixed-addresses",

@@ -99,6 +99,8 @@ def check(path: Path) -> None:
     """
     if not path.name:
         raise Usage("--save needs the name of a file", "name a file: `--save web-1.dedup`")
+    if not path.parent.is_dir():
+        raise Usage(f"there is no folder {path.parent}", f"make it: `mkdir -p {path.parent}`")
     try:
         mode = path.lstat().st_mode
     except OSError:

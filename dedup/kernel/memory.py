@@ -247,6 +247,8 @@ class Look:
     """Of a sample, `_core.COUNTS` of all pages present: shape (targets, 4)."""
     counted: I64
     """Of a sample by content, pages of each content that is counted."""
+    present: tuple[I64, I64]
+    """A region and its present pages, read or not, for each range looked at."""
 
 
 def look(
@@ -366,6 +368,7 @@ def look(
             [int(i) for i in job.dead_targets()],
             job.counts(),
             job.counted_pages(),
+            (range_region, job.range_pages()),
         )
 
 

@@ -227,7 +227,6 @@ class LiveSource:
         pages.hashes = store.hashes[: store.used]
         pages.frames = store.frames[: store.used]
         if not self._runs:
-            self._count_pages()
             return
         start, count, first, region = (np.concatenate(p) for p in zip(*self._runs, strict=True))
         process = pages.process_of_region()[region]
@@ -235,7 +234,6 @@ class LiveSource:
         pages.run_start, pages.run_count = start[order], count[order]
         pages.run_first, pages.run_region = first[order], region[order]
         self._runs = [(pages.run_start, pages.run_count, pages.run_first, pages.run_region)]
-        self._count_pages()
         for r in np.flatnonzero(np.isin(process[order], list(self._ended))).tolist():
             first_page = int(pages.run_first[r])
             pages.frames[first_page : first_page + int(pages.run_count[r])] |= Flag.GONE
@@ -342,6 +340,7 @@ class LiveSource:
             content,
             ksmd_rests=not merging,
         )
+        self._tell_sizes(*found.present)
         if first and content is not None:
             self.counted += found.counted
         for i, target in enumerate(targets):
@@ -372,8 +371,7 @@ class LiveSource:
                 )
         counters = ksm_interface.process_counters(handle)
         whole = self.options.scope == "compatible" and handle.pid not in self.options.marked
-        countable = whole and not self.options.sample and self.options.content is None
-        found = mappings.of(handle, counters, self.sight, countable=countable)
+        found = mappings.of(handle, counters, self.sight, countable=whole)
         advised = any("mg" in m.vm_flags for m in found)
         # A fork or a running ksmd between pagemap and read would cost the target its sharing:
         # no fast path where either is likely.
@@ -471,13 +469,19 @@ class LiveSource:
                 self._uncounted.append(index)
         return index
 
-    def _count_pages(self) -> None:
-        """Tell the sizes of regions that this look was the first to count."""
+    def _tell_sizes(self, region: I64, present: I64) -> None:
+        """Tell the sizes of regions that the look was the first to count.
+
+        Parameters
+        ----------
+        region, present : int64 arrays
+            A region (index) and its pages, for each range looked at.
+        """
         pages = self.pages
         assert pages is not None
         if not self._uncounted:
             return
-        found = np.bincount(pages.run_region, pages.run_count, len(pages.regions))
+        found = np.bincount(region, present, len(pages.regions))
         for i in self._uncounted:
             size = int(found[i]) * pages.page_size
             pages.regions[i] = pages.regions[i]._replace(anonymous_bytes=size, resident_bytes=size)

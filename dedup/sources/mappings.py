@@ -41,14 +41,16 @@ MOST_MAPPINGS: Final = 4096
 """Of more, smaps is made faster for each than calls for each."""
 SMALL_BYTES: Final = 256 << 10
 """A mapping of less is counted together with its neighbours."""
-DENSE: Final = 0.8
+DENSE: Final = 0.5
 """So much of the private anonymous mappings must be there: else their holes cost more."""
 ORDINARY: Final = frozenset({
     "btrfs", "erofs", "ext2", "ext3", "ext4", "f2fs", "overlay", "squashfs", "tmpfs", "xfs",
 })  # fmt: skip
 """File systems whose files are mapped without VmFlags of devices."""
 HUGE_MOST: Final = 1 / 8
-"""Of the private anonymous memory, in mappings with huge pages: those are read more slowly here."""
+"""Of the private anonymous memory, huge pages mapped as one: here they are read more slowly."""
+TWICE_MOST: Final = 1 / 2
+"""The same, mappings with any such page: they are walked here, and again when they are read."""
 KERNELS_OWN: Final = {
     b"[vdso]": frozenset({"de"}),
     b"[vvar]": frozenset({"io", "pf", "de"}),
@@ -153,14 +155,16 @@ def _without_smaps(handle: Handle, sight: Sight) -> list[maps.Mapping] | None:
         if huge is None:
             return None
         with_huge = {i for i, has in zip(bare, huge, strict=True) if has}
-        if sum(found[i].end - found[i].start for i in with_huge) > HUGE_MOST * sizes:
+        if sum(found[i].end - found[i].start for i in with_huge) > TWICE_MOST * sizes:
             return None
         for i in plain:
             m = found[i]
             size = m.end - m.start
             if i not in with_huge:
                 found[i] = m._replace(anonymous_bytes=size, resident_bytes=size, counted=False)
-        return _counted(fd, found)
+        found = _counted(fd, found)
+        huge_bytes = sum(m.anon_huge_bytes for m in found)
+        return found if huge_bytes <= HUGE_MOST * sizes else None
     finally:
         os.close(fd)
 

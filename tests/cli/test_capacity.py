@@ -195,7 +195,8 @@ def test_several_services(dedup: Dedup, files: list[str], tmp_path: Path) -> Non
     ("args", "words"),
     [(["--ram", "lots"], "no size"), (["--ram", "-1"], "no size"), (["--headroom", "100"], "below"),
      (["--headroom", "nan"], "per cent"), (["-n", "0"], "range"),
-     (["--ram", "1G", "--reserve", "1G"], "takes all"), (["--tunable", "run=1"], "none of")],
+     (["--ram", "1G", "--reserve", "1G"], "takes all"), (["--ram", "0"], "above 0"),
+     (["--tunable", "run=1"], "none of")],
 )  # fmt: skip
 def test_words_that_do_not_fit(dedup: Dedup, files: list[str], args: list[str], words: str) -> None:
     result = dedup("capacity", *files, *args)
@@ -264,6 +265,7 @@ def test_saving_words_that_do_not_fit(dedup: Dedup, start: Start, tmp_path: Path
         (["--save", str(tmp_path / "a"), "--label", ""], "1 to 64"),
         (["--save", ""], "needs the name of a file"),
         (["--save", "/proc/self/exe"], "would be replaced"),
+        (["--save", str(tmp_path / "no" / "a")], "there is no folder"),
         (["--save", str(tmp_path / ".dedup-key")], "the file of the key"),
         (["--save", str(tmp_path / "a"), "--key-file", str(tmp_path / "a")], "the file of the key"),
     ):
@@ -276,8 +278,9 @@ def test_saving_words_that_do_not_fit(dedup: Dedup, start: Start, tmp_path: Path
     result = dedup("scan", "--pid", pid, "--save", str(tmp_path / "a"), "--key-file", str(key))
     assert result.status == 8
     assert not (tmp_path / "a").exists()
+    key.chmod(0o600)
     assert json.loads(
-        dedup("scan", "--pid", pid, "--save", "/proc/none/a", "--json").out
+        dedup("scan", "--pid", pid, "--save", "/proc/a", "--key-file", str(key), "--json").out
     )["error"]["code"] == "io"  # fmt: skip
 
 

@@ -100,12 +100,16 @@ def least(chosen: tuple[str, ...]) -> int:
 
 
 def held(sample: dict[str, Any], full: dict[str, Any]) -> None:
-    """Every field of a full scan is in the sample's range."""
+    """Every field of a full scan is in the sample's range, made twice as wide.
+
+    The range itself holds 95 of 100; `benchmarks.budget` counts how often.
+    """
     for name in FIELDS:
         value = full["prediction"][name]
         mine = sample["prediction"][name]
         low, high = sample["prediction"]["bounds"].get(name, (mine, mine))
-        assert low <= value <= high, name
+        beyond = (high - low) / 2
+        assert low - beyond <= value <= high + beyond, name
         assert (mine is None) == (name in sample["prediction"]["bounds"])
         if mine is None:
             assert low <= sample["scan"]["sample"]["point"][name] <= high

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -259,9 +260,25 @@ def test_what_is_no_file_is_not_replaced(saved: Path) -> None:
     assert same(store.load(saved), some(2))
 
 
-def test_no_room(tmp_path: Path) -> None:
-    with pytest.raises(OutputFailed, match="writing"):
-        store.save(some(), tmp_path / "no" / "folder")
+def test_no_folder(tmp_path: Path) -> None:
+    """Said before a scan that would be for nothing."""
+    for call in (store.check, lambda path: store.save(some(), path)):
+        with pytest.raises(Usage, match="no folder") as e:
+            call(tmp_path / "no" / "folder")
+        assert "mkdir" in e.value.hint
+
+
+def test_no_room(saved: Path) -> None:
+    before = saved.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OutputFailed, match="writing"):
+            store.save(some(), saved)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert saved.read_bytes() == before
+    assert list(saved.parent.glob("*.part")) == []
 
 
 def test_without_pyarrow(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
