@@ -145,8 +145,9 @@ def _without_smaps(handle: Handle, sight: Sight) -> list[maps.Mapping] | None:
         if _begins_huge(fd, largest, sight):
             return None  # most of it will be
         file_systems = mounts.file_systems(handle)
+        regular: set[tuple[bytes, ...]] = set()
         for i, where, perms, device, inode, name in rest:
-            flags = _flags(handle, where, perms, device, inode, name, file_systems)
+            flags = _flags(handle, where, perms, device, inode, name, file_systems, regular)
             if flags is None:
                 return None
             if flags:
@@ -175,17 +176,22 @@ def _is_anonymous(name: bytes) -> bool:
 
 def _flags(
     handle: Handle, where: bytes, perms: bytes, device: bytes, inode: bytes, name: bytes,
-    file_systems: Mapping[tuple[int, int], str],
+    file_systems: Mapping[tuple[int, int], str], regular: set[tuple[bytes, ...]],
 ) -> frozenset[str] | None:  # fmt: skip
-    """Those VmFlags of a mapping that KSM refuses; None where they can't be known."""
+    """Those VmFlags of a mapping that KSM refuses; None where they can't be known.
+
+    `regular` holds the files that were found to be no devices: one file has many mappings.
+    """
     if inode == b"0":
         return KERNELS_OWN.get(name)
     major, _, minor = device.partition(b":")
     if file_systems.get((int(major, 16), int(minor, 16))) not in ORDINARY:
         if name != SHARED_MEMORY or not perms.endswith(b"s"):
             return None
-    elif not _regular(handle, where):
-        return None
+    elif (device, inode, name) not in regular:
+        if not _is_regular(handle, where):
+            return None
+        regular.add((device, inode, name))
     if not perms.endswith(b"s"):
         return frozenset()
     if not perms.startswith(b"rw") and not _opened_for_writing(handle, where):
@@ -193,7 +199,7 @@ def _flags(
     return frozenset({"sh", "ms"})
 
 
-def _regular(handle: Handle, where: bytes) -> bool:
+def _is_regular(handle: Handle, where: bytes) -> bool:
     """Whether a mapped file is no device: their nodes may lie in any file system."""
     return stat.S_ISREG(os.stat(b"map_files/" + where, dir_fd=handle.dir_fd).st_mode)
 
