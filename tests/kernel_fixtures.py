@@ -237,6 +237,12 @@ def at_rest(pids: list[int]) -> Iterator[None]:
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     try:
+        for pid in pids:
+            stat = Path(f"/proc/{pid}/stat")
+            deadline = time.monotonic() + 10
+            while stat.read_text().rpartition(")")[2].split()[0] != "T":
+                assert time.monotonic() < deadline, f"process {pid} does not stop"
+                time.sleep(0.001)
         yield
     finally:
         for pid in pids:

@@ -99,9 +99,9 @@ def same_scan(pid: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [visible(r) for r in found.pages.regions] == [visible(r) for r in real.pages.regions]
 
 
-def same(target: Target, monkeypatch: pytest.MonkeyPatch) -> list[maps.Mapping]:
+def same(target: Target, monkeypatch: pytest.MonkeyPatch, *children: int) -> list[maps.Mapping]:
     """What is known without smaps is the same, and so is a scan by it."""
-    with at_rest([target.pid]):
+    with at_rest([target.pid, *children]):
         found = without_smaps(target.pid)
         assert found is not None
         like_smaps(found, target.pid)
@@ -190,9 +190,9 @@ def test_some_huge_pages_shared_with_a_child(
     target.do("advise", name="huge", what="hugepage")
     target.do("fill", name="huge", at=0, count=512, what="unique")
     target.do("fill", name="main", at=0, count=300, what="alike")
-    target.do("fork")
+    child = target.do("fork")
     target.do("fill", name="huge", child=(0,), at=0, count=1, what="unique")
-    found = same(target, monkeypatch)
+    found = same(target, monkeypatch, child)
     assert sum(m.anon_huge_bytes for m in found) == HUGE
     assert sum(m.anon_huge_bytes for m in by_smaps(target.pid)) == HUGE, "the scan did no harm"
 
