@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dedup.model.fate import Fate
-    from dedup.pages import I64, U64, Bool, Groups, Index, Nodes, Pages, Sums
+    from dedup.pages import I64, U64, Bool, Groups, Index, Nodes, Owners, Pages, Sums
 
 RMAP_ITEM_BYTES: Final = 64
 STABLE_NODE_BYTES: Final = 64
@@ -268,6 +268,9 @@ class _Model:
             [p.ksm_zero_pages for p in pages.processes], np.int64
         ).reshape(-1, 1)
         self.merging = np.zeros((n_processes, 2), np.int64)
+        self.left_over = np.zeros((3, n_processes), np.int64)
+        """Of contents with one mapping left over, those of each process; see `by_process`."""
+        self.owners: Owners | None = None
         self.zero_saved = self.within_saved = self.across_saved = 0
         # Huge pages by number: those that split for sure, those that may; and sets of which one
         # at the most stays whole.
@@ -301,14 +304,17 @@ class _Model:
         rmap_by_process = census.by_process(len(pages.processes), ABSENT)
         self.volatile.add(int(rmap_by_process.sum()) - census.of(NOT_STABLE))
         self._all_singles()
-        contents = self._all_but_simple()
         zeros = self._zeros()
         self.cut |= bool((zeros.thp & ((zeros.word & Flag.LOCKED) == 0)).any())
         if zeros.thp.any():
             self._find_locked()
         if self.linked:
-            contents, zeros = self._scan_linked(contents, zeros)
-        self._contents(contents)
+            contents, zeros = self._scan_linked(self._joined_rest(), zeros)
+            self._contents(contents)
+        else:
+            for piece in self.groups.pieces():
+                self._contents(self._rest(piece))
+        self._add_left_over()
         if zeros.groups == 1 and len(zeros.index):
             self._zero(zeros)
         elif zeros.groups > 1:
@@ -326,6 +332,10 @@ class _Model:
         """
         mask, frames = NOT_STABLE | Flag.ZERO, self.pages.frames
         n = self.census.of(mask, Flag.ZERO)
+        if n and self._several_apart(mask, n):
+            by_process = self.census.by_process(len(self.pages.processes), mask, Flag.ZERO)
+            self._plain_zero(n, by_process=by_process)
+            n = 0
         one = len(self.pages.processes) == 1 and self.nodes is None and self.blind == 1
         plain = one and not (self.rules.use_zero_pages or self.pinned)
         index = np.empty(0, np.int64)
@@ -350,6 +360,16 @@ class _Model:
             names, group = np.unique(self.nodes.of(frame), return_inverse=True)
             groups = len(names)
         return self._copies(index, group, groups)
+
+    def _several_apart(self, mask: np.uint64, n: int) -> bool:
+        """Whether all `n` all-zero pages are small ones of several processes, a frame each."""
+        if len(self.pages.processes) <= 1 or self.nodes is not None or self.blind > 1:
+            return False
+        if self.linked or self.rules.use_zero_pages or self.pinned:
+            return False
+        unsure = Flag.KSM | Flag.HIDDEN | Flag.THP
+        alone = Flag.ZERO | Flag.EXCLUSIVE
+        return self.census.of(mask | unsure | Flag.EXCLUSIVE, alone) == n
 
     def _all_apart(self, mask: np.uint64, n: int) -> bool:
         """Whether all `n` all-zero pages have frames of their own, none of them a KSM page's."""
@@ -388,35 +408,48 @@ class _Model:
         self.zero_saved += n
         return np.sort(np.concatenate((small, last[~several])))
 
-    def _all_but_simple(self) -> _Copies:
-        """Add up the contents of one process that need no closer look; give the others.
+    def _rest(self, groups: Groups) -> _Copies:
+        """Add up the contents that need no closer look; give the others.
 
         They are most of what a scan finds. All-zero pages are left out.
         """
+        index, sizes = groups.of(self._but_simple(groups))
+        return self._copies(index, np.repeat(np.arange(len(sizes)), sizes), len(sizes))
+
+    def _joined_rest(self) -> _Copies:
+        """The same for all contents."""
         parts = [piece.of(self._but_simple(piece)) for piece in self.groups.pieces()]
         index, sizes = (np.concatenate(p) for p in zip(*parts, strict=True))
         return self._copies(index, np.repeat(np.arange(len(sizes)), sizes), len(sizes))
 
     def _but_simple(self, groups: Groups) -> Bool:
-        """The same of some contents; gives which of them are left."""
+        """Add up what needs no closer look of some contents; gives which of them are left."""
         frames, sizes = self.pages.frames, np.diff(groups.offsets)
-        if len(self.pages.processes) > 1:
-            # Which of them a mapping belongs to is the others' way to find out.
-            return np.asarray((frames[groups.order[groups.offsets[:-1]]] & Flag.ZERO) == 0)
+        several = len(self.pages.processes) > 1
         own = Flag.EXCLUSIVE | Flag.KSM | Flag.HIDDEN, Flag.EXCLUSIVE
-        unsure = Flag.DUPLICATE | Flag.KSM | Flag.HIDDEN | Flag.EXCLUSIVE
-        if self.census.of(unsure, Flag.DUPLICATE) and self._copies_apart():
-            own = Flag.KSM | Flag.HIDDEN, NO_FLAG
+        if several:
+            # Of a huge page, the mark may be that of its first page (see `_Copies.alone`).
+            own = Flag.EXCLUSIVE | Flag.KSM | Flag.THP, Flag.EXCLUSIVE
+        else:
+            unsure = Flag.DUPLICATE | Flag.KSM | Flag.HIDDEN | Flag.EXCLUSIVE
+            if self.census.of(unsure, Flag.DUPLICATE) and self._copies_apart():
+                own = Flag.KSM | Flag.HIDDEN, NO_FLAG
         s = groups.sums(frames, self.limit, own, Flag.ZERO)
         rest = (s.some & Flag.ZERO) == 0
         clear = rest & ((s.some & Flag.HIDDEN) == 0)
+        if several:
+            clear = rest & self._clear(s)
         if self.linked:
             # What huge pages tie together is scanned.
             clear &= ((s.every & Flag.EXCLUSIVE) != 0) & ((s.some & (NOT_SIMPLE | Flag.THP)) == 0)
+            if several:
+                clear &= closed_form(sizes, self.limit)[1] == 0
         merged = self._add_clear(s, sizes, clear)
-        freed = merged.freed
-        self.within_saved += int(freed.sum())
-        self.merging += int((sizes - merged.left)[merged.which].sum())
+        if several:
+            self._add_by_process(groups, merged, own)
+        else:
+            self.within_saved += int(merged.freed.sum())
+            self.merging += int((sizes - merged.left)[merged.which].sum())
         huge = merged.which & ((s.some & Flag.THP) != 0)
         if huge.any():
             folios = groups.passes.blocks_of(
@@ -425,6 +458,41 @@ class _Model:
             )  # fmt: skip
             self.split.update(folios.tolist())
         return np.asarray(rest & ~merged.which & ~merged.one_frame)
+
+    def _clear(self, s: Sums) -> Bool:
+        """Contents of which nothing is hidden that matters."""
+        if self.blind > 1:
+            return np.zeros(len(s.some), bool)
+        clear: Bool = (s.some & Flag.HIDDEN) == 0
+        if not clear.all() and not any(r.ksm_bytes for r in self.pages.regions):
+            clear |= ((s.every & Flag.EXCLUSIVE) != 0) & ((s.some & Flag.THP) == 0)
+        return clear
+
+    def _add_by_process(
+        self, groups: Groups, merged: _Merged, own: tuple[np.uint64, np.uint64]
+    ) -> None:
+        """Divide what has been added up between the processes."""
+        which = merged.which.astype(np.uint8)
+        which[merged.which & (merged.left > 0)] = 2
+        n = len(self.pages.processes)
+        counts, within = groups.passes.by_process(
+            self.pages.frames, groups.order, groups.offsets, which, *own, *self._owners(), n
+        )
+        self.merging += counts[0][:, None]
+        self.left_over += counts[1:]
+        # What a process saves by itself.
+        within = np.minimum(within, merged.freed)
+        self.within_saved += int(within[merged.which].sum())
+        self.across_saved += int((merged.freed - within)[merged.which].sum())
+
+    def _add_left_over(self) -> None:
+        """Of each content with a mapping left over, the last one in scan order is not merged."""
+        alone, last, involved = self.left_over
+        self.merging -= alone[:, None]
+        if self.rules.order_known and not self.cut:
+            self.merging -= last[:, None]
+        else:
+            self.merging[:, 0] -= involved
 
     def _add_clear(self, s: Sums, n: I64, clear: Bool) -> _Merged:
         """Add up contents of which nothing is hidden, but those that need a closer look.
@@ -471,7 +539,12 @@ class _Model:
             return np.empty(0, np.int64)
         if len(self.pages.processes) == 1:
             return np.broadcast_to(np.int64(0), len(index))
-        return np.asarray(self.pages.process_of_region()[self.pages.region_of(index)])
+        return self._owners().of(index)
+
+    def _owners(self) -> Owners:
+        if self.owners is None:
+            self.owners = self.pages.owners()
+        return self.owners
 
     def _folio_of(self, c: _Copies) -> I64:
         """A number for the huge page of each page; below 0 where frame numbers are hidden."""
@@ -874,10 +947,11 @@ class _Model:
         else:
             self._special(c)
 
-    def _plain_zero(self, n: int, outside: int = 0) -> None:
-        """Small, of one process, a frame each: nothing but their number decides.
+    def _plain_zero(self, n: int, outside: int = 0, by_process: I64 | None = None) -> None:
+        """Small, a frame each: nothing but their number decides.
 
-        So many of the frames are mapped outside the scan too.
+        So many of the frames are mapped outside the scan too. Of one process, unless it is given
+        how many each process has.
         """
         sizes = np.array([n])
         nodes, left = closed_form(sizes, self.limit)
@@ -885,7 +959,15 @@ class _Model:
         low, high = _freed(sizes - nodes - left, np.array([outside]), nodes)
         self.freed.add(int(low[0]), int(high[0]))
         self.zero_saved += int(low[0])
-        self.merging += n - int(left[0])
+        mine = np.array([n]) if by_process is None else by_process
+        self.merging += mine[:, None]
+        if not left[0]:
+            return
+        involved = np.flatnonzero(mine)
+        if len(involved) == 1 or self.rules.order_known:
+            self.merging[involved[-1]] -= 1
+        else:
+            self.merging[involved, 0] -= 1
 
     def _to_zero_page(self, c: _Copies, folio: I64, vanishing: Bool) -> None:
         """use_zero_pages: all go to the shared zero page, but those merged before."""
