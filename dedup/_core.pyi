@@ -179,7 +179,7 @@ def by_process(
     frames: U64,
     order: U32,
     offsets: I64,
-    which: U8,
+    which: NDArray[np.uint8],
     mask: int | np.uint64,
     value: int | np.uint64,
     start: I64,

@@ -332,13 +332,15 @@ class _Model:
         """
         mask, frames = NOT_STABLE | Flag.ZERO, self.pages.frames
         n = self.census.of(mask, Flag.ZERO)
-        if n and self._several_apart(mask, n):
-            by_process = self.census.by_process(len(self.pages.processes), mask, Flag.ZERO)
-            self._plain_zero(n, by_process=by_process)
-            n = 0
+        index = np.empty(0, np.int64)
+        if n and self._told_by_frames(mask, n):
+            if self.census.of(mask | Flag.THP, Flag.ZERO | Flag.THP):
+                index = self._but_frames_in_company(mask)
+                n = 0
+            elif self._add_small_zeros(mask, n):
+                n = 0
         one = len(self.pages.processes) == 1 and self.nodes is None and self.blind == 1
         plain = one and not (self.rules.use_zero_pages or self.pinned)
-        index = np.empty(0, np.int64)
         if n and plain and self._all_apart(mask, n):
             passes = self.groups.passes
             if not self.census.of(mask | Flag.THP, Flag.ZERO | Flag.THP):
@@ -361,15 +363,69 @@ class _Model:
             groups = len(names)
         return self._copies(index, group, groups)
 
-    def _several_apart(self, mask: np.uint64, n: int) -> bool:
-        """Whether all `n` all-zero pages are small ones of several processes, a frame each."""
+    def _told_by_frames(self, mask: np.uint64, n: int) -> bool:
+        """Whether of `n` all-zero pages of several processes it counts which frames they have.
+
+        Some of it, that is, with no need of an array of all of them.
+        """
         if len(self.pages.processes) <= 1 or self.nodes is not None or self.blind > 1:
             return False
         if self.linked or self.rules.use_zero_pages or self.pinned:
             return False
-        unsure = Flag.KSM | Flag.HIDDEN | Flag.THP
+        locked = Flag.THP | Flag.LOCKED
+        if self.census.of(ABSENT | locked, locked):
+            return False
+        return self.census.of(mask | Flag.KSM | Flag.HIDDEN | Flag.LOCKED, Flag.ZERO) == n
+
+    def _add_small_zeros(self, mask: np.uint64, n: int) -> bool:
+        """Add up all-zero pages in no huge page; gives whether their frames were enough to know."""
+        by_process = self.census.by_process(len(self.pages.processes), mask, Flag.ZERO)
         alone = Flag.ZERO | Flag.EXCLUSIVE
-        return self.census.of(mask | unsure | Flag.EXCLUSIVE, alone) == n
+        if self.census.of(mask | Flag.EXCLUSIVE, alone) == n:
+            self._plain_zero(n, by_process=by_process)
+            return True
+        word = self.pages.frames
+        distinct_frames = most = outside = 0
+        for frame, index in self.groups.by_frame(word, mask, Flag.ZERO):
+            at = np.flatnonzero(_starts(frame))
+            distinct_frames += len(at)
+            most = max(most, int(np.diff(at, append=len(frame)).max()))
+            is_outside = (word[index] & Flag.OUTSIDE) != 0
+            outside += int(np.count_nonzero(np.logical_or.reduceat(is_outside, at)))
+        if distinct_frames == n:
+            self._plain_zero(n, outside, by_process)
+            return True
+        one = np.count_nonzero(by_process) == 1
+        if distinct_frames > 1 and n > self.limit and (self.rules.order_known or one):
+            return False
+        f = fate.of_frames(n, distinct_frames, most, self.limit)
+        self.zero_saved += self._add_outcome(n, outside, f)
+        self._add_uncertain_merging(by_process, by_process if len(f.stays) else 0 * by_process, f)
+        return True
+
+    def _but_frames_in_company(self, mask: np.uint64) -> I64:
+        """As `_but_in_company`, of several processes: a page may have several mappings."""
+        word, size = self.pages.frames, self.pages.huge_pages
+        kept = [self.groups.passes.select(word, mask | Flag.THP, Flag.ZERO)]
+        mask |= Flag.THP
+        for frame, index in self.groups.by_frame(word, mask, Flag.ZERO | Flag.THP, size):
+            at = np.flatnonzero(_starts(frame))
+            folio = frame[at] // size
+            begins = np.flatnonzero(_starts(folio))
+            pages = np.diff(begins, append=len(folio))
+            several = np.repeat(pages > 1, pages)
+            which = np.repeat(several, np.diff(at, append=len(frame)))
+            kept.append(index[~which])
+            self.split.update(folio[begins[pages > 1]].tolist())
+            n, frames = int(np.count_nonzero(which)), int(np.count_nonzero(several))
+            self.vanished |= n > 0
+            self.gone.add(n)
+            mine = np.bincount(self._process_of(index[which]), minlength=len(self.pages.processes))
+            self.gone_by_process += mine[:, None]
+            self.freed.add(frames)
+            self.zero_saved += frames
+        self.cut |= self.vanished
+        return np.sort(np.concatenate(kept))
 
     def _all_apart(self, mask: np.uint64, n: int) -> bool:
         """Whether all `n` all-zero pages have frames of their own, none of them a KSM page's."""
@@ -856,25 +912,11 @@ class _Model:
         self._add_fate(c, self._fate(c, delayed=delayed, spoils=locked))
 
     def _add_fate(self, c: _Copies, f: Fate) -> None:
-        self.shared.add(*f.nodes)
-        self.sharing.add(*f.sharing(len(c.index)))
-        self.unshared.add(*f.unshared)
-        self.volatile.add(*f.volatile)
-        if self.blind > 1:
-            self.chains.add(0, min(self.blind, f.nodes[1] // 2))
-        else:
-            self.chains.add(int(f.nodes[0] >= 2), int(f.nodes[1] >= 2))
-        self.dups.add(*(n if n >= 2 else 0 for n in f.nodes))
-        self._add_uncertain_merging(c, f)
+        outside = len(_sorted_values(c.frame[(c.word & Flag.OUTSIDE) != 0]))
+        low = self._add_outcome(len(c.index), outside, f)
+        self._add_uncertain_merging(self._count(c), self._count(c, f.stays), f)
         if c.thp.any():
             self._add_splits(c, f)
-        # A frame that is mapped outside the scan too stays there, unless it is a node's.
-        outside = len(_sorted_values(c.frame[(c.word & Flag.OUTSIDE) != 0]))
-        low = f.freed[0] - outside
-        high = max(low, f.freed[1] - max(0, outside - f.nodes[1]))
-        if f.freed[0] >= 0:
-            low, high = max(0, low), max(0, high)
-        self.freed.add(low, high)
         if c.zero[0]:
             self.zero_saved += low
         elif (c.process == c.process[0]).all():
@@ -882,9 +924,27 @@ class _Model:
         else:
             self.across_saved += low
 
-    def _add_uncertain_merging(self, c: _Copies, f: Fate) -> None:
-        mine = self._count(c)
-        may_stay = self._count(c, f.stays)
+    def _add_outcome(self, n: int, outside: int, f: Fate) -> int:
+        """Add up `n` mappings, so many of their frames mapped outside; gives frames freed."""
+        self.shared.add(*f.nodes)
+        self.sharing.add(*f.sharing(n))
+        self.unshared.add(*f.unshared)
+        self.volatile.add(*f.volatile)
+        if self.blind > 1:
+            self.chains.add(0, min(self.blind, f.nodes[1] // 2))
+        else:
+            self.chains.add(int(f.nodes[0] >= 2), int(f.nodes[1] >= 2))
+        self.dups.add(*(k if k >= 2 else 0 for k in f.nodes))
+        # A frame that is mapped outside the scan too stays there, unless it is a node's.
+        low = f.freed[0] - outside
+        high = max(low, f.freed[1] - max(0, outside - f.nodes[1]))
+        if f.freed[0] >= 0:
+            low, high = max(0, low), max(0, high)
+        self.freed.add(low, high)
+        return low
+
+    def _add_uncertain_merging(self, mine: I64, may_stay: I64, f: Fate) -> None:
+        """Add up mappings by process, and those of them that may be on no node."""
         if f.exact:
             self.merging += (mine - may_stay)[:, None]
             return
