@@ -376,7 +376,7 @@ class Passes(Protocol):
     def between(
         self, frames: U64, mask: np.uint64, value: np.uint64, low: int, high: int, /
     ) -> U64:
-        """Find such words in one part."""
+        """Find such words in one part, ascending by frame."""
 
     def by_block(
         self,
@@ -482,11 +482,9 @@ class Groups:
         bounds = self.passes.frame_bounds(frames, mask, value, most, size)
         for low, high in pairwise(bounds.tolist()):
             found = self.passes.between(frames, mask, value, low, high)
-            if len(found):
-                found.sort()
-                index = (found & np.uint64(0xFFFFFFFF)).view(np.int64)
-                found >>= np.uint64(32)
-                frame = found.view(np.int64)
+            for begin, end in _slices(found, size):
+                index = (found[begin:end] & np.uint64(0xFFFFFFFF)).view(np.int64)
+                frame = (found[begin:end] >> np.uint64(32)).view(np.int64)
                 frame += low
                 yield frame, index
 
@@ -501,3 +499,16 @@ class Groups:
             end = min(max(group + 1, end), stop, group + groups if groups else stop)
             yield group, end
             group = end
+
+
+def _slices(found: U64, size: int) -> Iterator[tuple[int, int]]:
+    """Divide ascending words with a frame above 32 bits so that no block of frames is divided."""
+    begin, n = 0, len(found)
+    while begin < n:
+        end = begin + PIECE_PAGES
+        if end < n:
+            block = int(found[end - 1] >> np.uint64(32)) // size
+            last = min((1 << 64) - 1, ((block + 1) * size << 32) - 1)
+            end = int(np.searchsorted(found, np.uint64(last), side="right"))
+        yield begin, min(end, n)
+        begin = end

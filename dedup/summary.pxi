@@ -29,6 +29,8 @@ cdef enum:
     SPAN_MOST = 1 << 30   # frames between the lowest and the highest, for one bit each
     OWNER_BITS = 6        # of the pages that share a hint
     BINS_MOST = 1 << 16
+    DIGIT_BITS = 11       # of a sort
+    DIGITS = 1 << DIGIT_BITS
 
 cdef int64_t BOUNDS_MOST = <int64_t>1 << 32
 cdef uint64_t FRAME_LONE = <uint64_t>1 << 62
@@ -498,10 +500,11 @@ def between(const uint64_t[::1] frames not None, uint64_t mask, uint64_t value, 
     Returns
     -------
     uint64 array
-        Of each the frame, less `low`, above 32 bits of where it is; in no order.
+        Of each the frame, less `low`, above 32 bits of where it is; ascending.
     """
     cdef int64_t i, n = 0
     cdef uint64_t frame, span = high - low
+    cdef bint there
     if high < low or span > <uint64_t>BOUNDS_MOST or frames.shape[0] > <int64_t>BOUNDS_MOST:
         raise ValueError("more frames or words than 32 bits tell apart")
     # What is never touched takes no memory.
@@ -512,7 +515,43 @@ def between(const uint64_t[::1] frames not None, uint64_t mask, uint64_t value, 
             frame = (frames[i] & FRAME_MASK) - low
             found[n] = frame << 32 | <uint64_t>i
             n += (frame < span) & ((frames[i] & mask) == value)
-    return room[:n].copy()
+    other = np.empty(n + 1, np.uint64)
+    cdef uint64_t[::1] spare = other
+    with nogil:
+        there = _sort_by_frame(&found[0], &spare[0], n, span)
+    return (other if there else room)[:n]
+
+
+cdef bint _sort_by_frame(uint64_t *found, uint64_t *spare, int64_t n,
+                         uint64_t span) noexcept nogil:
+    """Sort words that ascend by their lower 32 bits by the upper ones, all of them below `span`.
+
+    Digit by digit: that takes a fraction of what comparing takes. Gives whether the result lies in
+    `spare`.
+    """
+    cdef int64_t[DIGITS] at
+    cdef int64_t i, k, before, total
+    cdef int shift = 32, there = 0
+    cdef uint64_t *swap
+    while shift < 64 and (span - 1) >> (shift - 32):
+        memset(at, 0, sizeof(at))
+        for i in range(n):
+            at[found[i] >> shift & (DIGITS - 1)] += 1
+        total = 0
+        for k in range(DIGITS):
+            before = at[k]
+            at[k] = total
+            total += before
+        for i in range(n):
+            k = found[i] >> shift & (DIGITS - 1)
+            spare[at[k]] = found[i]
+            at[k] += 1
+        swap = found
+        found = spare
+        spare = swap
+        there ^= 1
+        shift += DIGIT_BITS
+    return there
 
 
 cdef struct Stretch:

@@ -530,10 +530,11 @@ class _Model:
         """Divide what has been added up between the processes."""
         which = merged.which.astype(np.uint8)
         which[merged.which & (merged.left > 0)] = 2
-        n = len(self.pages.processes)
+        o = self._owners()
         counts, within = groups.passes.by_process(
-            self.pages.frames, groups.order, groups.offsets, which, *own, *self._owners(), n
-        )
+            self.pages.frames, groups.order, groups.offsets, which, *own,
+            o.start, o.process, o.hint, len(self.pages.processes),
+        )  # fmt: skip
         self.merging += counts[0][:, None]
         self.left_over += counts[1:]
         # What a process saves by itself.
