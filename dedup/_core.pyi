@@ -188,7 +188,7 @@ def by_process(
     processes: int,
     /,
 ) -> tuple[I64, I64]: ...
-def frame_bounds(
+def frame_parts(
     frames: U64, mask: int | np.uint64, value: int | np.uint64, most: int, size: int, /
 ) -> I64: ...
 def between(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import numpy as np
@@ -368,7 +367,7 @@ class Passes(Protocol):
     ) -> tuple[I64, I64]:
         """Count mappings of groups by process."""
 
-    def frame_bounds(
+    def frame_parts(
         self, frames: U64, mask: np.uint64, value: np.uint64, most: int, size: int, /
     ) -> I64:
         """Divide the frame numbers of such words into parts."""
@@ -479,8 +478,7 @@ class Groups:
         come together.
         """
         most = max(PIECE_PAGES, self.passes.count(frames, mask, value) // PARTS)
-        bounds = self.passes.frame_bounds(frames, mask, value, most, size)
-        for low, high in pairwise(bounds.tolist()):
+        for low, high in self.passes.frame_parts(frames, mask, value, most, size).tolist():
             found = self.passes.between(frames, mask, value, low, high)
             for begin, end in _slices(found, size):
                 index = (found[begin:end] & np.uint64(0xFFFFFFFF)).view(np.int64)

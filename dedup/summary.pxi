@@ -28,11 +28,11 @@ cdef enum:
     GATHERED = 1024
     SPAN_MOST = 1 << 30   # frames between the lowest and the highest, for one bit each
     OWNER_BITS = 6        # of the pages that share a hint
-    BINS_MOST = 1 << 16
+    BINS_MOST = 1 << 17   # so that none has more than PART_MOST frames
     DIGIT_BITS = 11       # of a sort
     DIGITS = 1 << DIGIT_BITS
 
-cdef int64_t BOUNDS_MOST = <int64_t>1 << 32
+cdef int64_t PART_MOST = <int64_t>1 << 32
 cdef uint64_t FRAME_LONE = <uint64_t>1 << 62
 cdef uint64_t FRAME_OUTSIDE = <uint64_t>1 << 63
 
@@ -431,9 +431,9 @@ cdef int _share_group(const uint64_t *frames, const uint32_t *order, int64_t n, 
     return 0
 
 
-def frame_bounds(const uint64_t[::1] frames not None, uint64_t mask, uint64_t value, int64_t most,
-                 int64_t size):
-    """Bounds between frames, so that some `most` words of those that count lie between two.
+def frame_parts(const uint64_t[::1] frames not None, uint64_t mask, uint64_t value, int64_t most,
+                int64_t size):
+    """Parts of the frame numbers, each with some `most` of the words that count.
 
     Parameters
     ----------
@@ -443,17 +443,16 @@ def frame_bounds(const uint64_t[::1] frames not None, uint64_t mask, uint64_t va
         Only words that have `value` of the flags in `mask` count.
     most : int
     size : int
-        Bounds are multiples of this.
+        Parts begin and end at multiples of this.
 
     Returns
     -------
-    int64 array
-        Ascending, the first not above the lowest frame, the last above the highest, `BOUNDS_MOST`
-        frames apart at the most; empty where no word counts.
+    int64 array, shape (parts, 2)
+        First frame, and the one behind the last: ascending, `PART_MOST` frames at the most.
     """
     cdef uint64_t step, counts, base, frame, low = FRAME_MASK, high = 0
     cdef int64_t i, n = 0, bins, begin = 0
-    if size <= 0 or <uint64_t>size > <uint64_t>BOUNDS_MOST:
+    if size <= 0 or <uint64_t>size > <uint64_t>PART_MOST:
         raise ValueError("no such size")
     with nogil:
         for i in range(frames.shape[0]):
@@ -462,7 +461,7 @@ def frame_bounds(const uint64_t[::1] frames not None, uint64_t mask, uint64_t va
             high = max(high, frames[i] & FRAME_MASK & counts)
             n += <int64_t>(counts & 1)
     if not n:
-        return np.empty(0, np.int64)
+        return np.empty((0, 2), np.int64)
     step = <uint64_t>size
     base = low - low % step
     while (high - base) // step >= <uint64_t>BINS_MOST:
@@ -478,19 +477,18 @@ def frame_bounds(const uint64_t[::1] frames not None, uint64_t mask, uint64_t va
             if (frames[i] & mask) == value:
                 frame = (frames[i] & FRAME_MASK) - base
                 into[<int64_t>(frame >> bits if power else frame // step)] += 1
-    bounds = [int(base)]
+    parts = []
     n = 0
     for i in range(bins):
-        if n and (n + into[i] > most or <uint64_t>(i + 1 - begin) * step > <uint64_t>BOUNDS_MOST):
-            bounds.append(int(base + <uint64_t>i * step))
-            begin, n = i, 0
-        elif not n and into[i] and i > begin:
-            # Nothing but a gap so far.
-            bounds.append(int(base + <uint64_t>i * step))
+        if n and (n + into[i] > most or <uint64_t>(i + 1 - begin) * step > <uint64_t>PART_MOST):
+            parts.append((int(base + begin * step), int(base + i * step)))
+            n = 0
+        if not n:
+            # A gap belongs to no part.
             begin = i
         n += into[i]
-    bounds.append(int(base + <uint64_t>bins * step))
-    return np.array(bounds, np.int64)
+    parts.append((int(base + begin * step), int(base + bins * step)))
+    return np.array(parts, np.int64)
 
 
 def between(const uint64_t[::1] frames not None, uint64_t mask, uint64_t value, uint64_t low,
@@ -505,7 +503,7 @@ def between(const uint64_t[::1] frames not None, uint64_t mask, uint64_t value, 
     cdef int64_t i, n = 0
     cdef uint64_t frame, span = high - low
     cdef bint there
-    if high < low or span > <uint64_t>BOUNDS_MOST or frames.shape[0] > <int64_t>BOUNDS_MOST:
+    if high < low or span > <uint64_t>PART_MOST or frames.shape[0] > <int64_t>PART_MOST:
         raise ValueError("more frames or words than 32 bits tell apart")
     # What is never touched takes no memory.
     room = np.empty(frames.shape[0] + 1, np.uint64)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dedup.model.fate import Fate
-    from dedup.pages import I64, U64, Bool, Groups, Index, Nodes, Owners, Pages, Sums
+    from dedup.pages import I64, U32, U64, Bool, Groups, Index, Nodes, Owners, Pages, Sums
 
 RMAP_ITEM_BYTES: Final = 64
 STABLE_NODE_BYTES: Final = 64
@@ -1338,19 +1338,26 @@ def by_node(pages: Pages, groups: Groups, nodes: Nodes) -> tuple[Groups, Index]:
     tuple of Groups and array
         Contents with two copies or more on one node; pages that are alone on theirs.
     """
-    sizes = np.diff(groups.offsets)
+    kept, counts, lonely = zip(
+        *(_piece_by_node(pages, piece, nodes) for piece in groups.pieces()), strict=True
+    )
+    offsets = np.concatenate(([0], np.cumsum(np.concatenate(counts))))
+    order = np.concatenate(kept)
+    return replace(groups, order=order, offsets=offsets.astype(np.int64)), np.concatenate(lonely)
+
+
+def _piece_by_node(pages: Pages, groups: Groups, nodes: Nodes) -> tuple[U32, I64, U32]:
+    """The pages of contents with copies on one node, how many each has, and the lonely pages."""
+    order, sizes = groups.of(np.ones(len(groups.offsets) - 1, bool))
     group = np.repeat(np.arange(len(sizes)), sizes)
-    node = nodes.of((pages.frames[groups.order] & FRAME_MASK).astype(np.int64))
-    order = np.lexsort((node, group))
-    index, group, node = groups.order[order], group[order], node[order]
+    node = nodes.of((pages.frames[order] & FRAME_MASK).astype(np.int64))
+    by_node = np.lexsort((node, group))
+    index, group, node = order[by_node], group[by_node], node[by_node]
     first = np.ones(len(index), bool)
     first[1:] = (group[1:] != group[:-1]) | (node[1:] != node[:-1])
-    starts = np.flatnonzero(first)
-    counts = np.diff(np.append(starts, len(index)))
+    counts = np.diff(np.append(np.flatnonzero(first), len(index)))
     several = np.repeat(counts >= 2, counts)
-    offsets = np.concatenate(([0], np.cumsum(counts[counts >= 2])))
-    kept = replace(groups, order=index[several], offsets=offsets.astype(np.int64))
-    return kept, index[~several]
+    return index[several], counts[counts >= 2], index[~several]
 
 
 def _joined(a: _Copies, b: _Copies) -> _Copies:
