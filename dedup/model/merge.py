@@ -36,6 +36,9 @@ NOT_STABLE: Final = UNSTABLE | ABSENT
 CHUNK_PAGES: Final = 1 << 16
 """Pages of contents added up in one go: what is needed a page lives no longer."""
 
+LARGE_PAGES: Final = 1 << 13
+"""Mappings from which on a content is too large for arrays of all that is known of each."""
+
 _INT64_BITS: Final = 63
 """Of a number above 0."""
 
@@ -384,21 +387,14 @@ class _Model:
         if self.census.of(mask | Flag.EXCLUSIVE, alone) == n:
             self._plain_zero(n, by_process=by_process)
             return True
-        word = self.pages.frames
-        distinct_frames = most = outside = 0
-        for frame, index in self.groups.by_frame(word, mask, Flag.ZERO):
-            at = np.flatnonzero(_starts(frame))
-            distinct_frames += len(at)
-            most = max(most, int(np.diff(at, append=len(frame)).max()))
-            is_outside = (word[index] & Flag.OUTSIDE) != 0
-            outside += int(np.count_nonzero(np.logical_or.reduceat(is_outside, at)))
-        if distinct_frames == n:
+        frames, most, outside = self._frames_of(self.pages.frames, mask, Flag.ZERO)
+        if frames == n:
             self._plain_zero(n, outside, by_process)
             return True
         one = np.count_nonzero(by_process) == 1
-        if distinct_frames > 1 and n > self.limit and (self.rules.order_known or one):
+        if frames > 1 and n > self.limit and (self.rules.order_known or one):
             return False
-        f = fate.of_frames(n, distinct_frames, most, self.limit)
+        f = fate.of_frames(n, frames, most, self.limit)
         self.zero_saved += self._add_outcome(n, outside, f)
         self._add_uncertain_merging(by_process, by_process if len(f.stays) else 0 * by_process, f)
         return True
@@ -469,7 +465,11 @@ class _Model:
 
         They are most of what a scan finds. All-zero pages are left out.
         """
-        index, sizes = groups.of(self._but_simple(groups))
+        which = self._but_simple(groups)
+        for g in np.flatnonzero(which & (np.diff(groups.offsets) >= LARGE_PAGES)).tolist():
+            if self._add_large(groups.order[groups.offsets[g] : groups.offsets[g + 1]]):
+                which[g] = False
+        index, sizes = groups.of(which)
         return self._copies(index, np.repeat(np.arange(len(sizes)), sizes), len(sizes))
 
     def _joined_rest(self) -> _Copies:
@@ -514,6 +514,49 @@ class _Model:
             )  # fmt: skip
             self.split.update(folios.tolist())
         return np.asarray(rest & ~merged.which & ~merged.one_frame)
+
+    def _add_large(self, index: U32) -> bool:
+        """Add up a content beyond the limit, its frames known and forked, in an order not known.
+
+        As `_special` does, with no need of arrays of all that is known of each mapping. Gives
+        whether it is such a content.
+        """
+        pages, size, n = self.pages, self.pages.huge_pages, len(index)
+        if len(pages.processes) <= 1 or self.blind > 1 or self.rules.order_known or n <= self.limit:
+            return False
+        word = pages.frames[index]
+        if np.bitwise_or.reduce(word) & (Flag.KSM | Flag.HIDDEN | Flag.LOCKED):
+            return False
+        mine = np.zeros(len(pages.processes), np.int64)
+        for low in range(0, n, LARGE_PAGES):
+            process = self._process_of(index[low : low + LARGE_PAGES])
+            mine += np.bincount(process, minlength=len(mine))
+        frames, most, outside = self._frames_of(word, NO_FLAG, NO_FLAG)
+        if np.count_nonzero(mine) < 2 or not 1 < frames < n:
+            return False
+        f = fate.of_frames(n, frames, most, self.limit)
+        self.across_saved += self._add_outcome(n, outside, f)
+        self._add_uncertain_merging(mine, mine, f)
+        one_of_them: set[int] = set()
+        for frame, _ in self.groups.by_frame(word, Flag.THP, Flag.THP, size):
+            folio, count = np.unique(frame[_starts(frame)] // size, return_counts=True)
+            # Two frames of the content in a huge page: one of them merges.
+            self.split.update(folio[count > 1].tolist())
+            one_of_them.update(folio[count == 1].tolist())
+        if one_of_them:
+            self.one_stays.append(one_of_them)
+        return True
+
+    def _frames_of(self, word: U64, mask: np.uint64, value: np.uint64) -> tuple[int, int, int]:
+        """Frames of such words, mappings of one at the most, and frames mapped outside too."""
+        frames = most = outside = 0
+        for frame, index in self.groups.by_frame(word, mask, value):
+            at = np.flatnonzero(_starts(frame))
+            frames += len(at)
+            most = max(most, int(np.diff(at, append=len(frame)).max()))
+            is_outside = (word[index] & Flag.OUTSIDE) != 0
+            outside += int(np.count_nonzero(np.logical_or.reduceat(is_outside, at)))
+        return frames, most, outside
 
     def _clear(self, s: Sums) -> Bool:
         """Contents of which nothing is hidden that matters."""
