@@ -1486,15 +1486,22 @@ def savings_alone(pages: Pages, groups: Groups, labels: Sequence[int]) -> I64:
     """
     label = np.asarray(labels, np.int64)
     total = np.zeros(int(label.max()) + 1 if len(label) else 0, np.int64)
-    index = groups.order
+    owners = pages.owners()
+    for piece in groups.pieces():
+        _add_alone(total, pages, piece, label, owners)
+    return total
+
+
+def _add_alone(total: I64, pages: Pages, groups: Groups, label: I64, owners: Owners) -> None:
+    index, sizes = groups.of(np.ones(len(groups.offsets) - 1, bool))
     if not len(index):
-        return total
+        return
     word = pages.frames[index]
     frame = (word & FRAME_MASK).astype(np.int64)
     hidden = (word & Flag.HIDDEN) != 0
     frame[hidden] = -1 - index[hidden].astype(np.int64)
-    group = np.repeat(np.arange(len(groups.offsets) - 1), np.diff(groups.offsets))
-    mine = label[pages.process_of_region()[pages.region_of(index)]]
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    mine = label[owners.of(index)]
     order = np.lexsort((frame, group, mine))
     m, g, f = mine[order], group[order], frame[order]
     new_pair = np.ones(len(m), bool)
@@ -1503,4 +1510,3 @@ def savings_alone(pages: Pages, groups: Groups, labels: Sequence[int]) -> I64:
     new_frame[1:] |= f[1:] != f[:-1]
     np.add.at(total, m[new_frame], 1)
     np.add.at(total, m[new_pair], -1)
-    return total
