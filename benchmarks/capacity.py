@@ -145,7 +145,8 @@ class Study:
 
 
 def frames(pids: list[int]) -> int:
-    return distinct_frames(scan(pids, looks=1).pages) or 0
+    found = scan(pids, looks=1)
+    return distinct_frames(found.pages, found.groups) or 0
 
 
 def compare(control: KsmControl, study: Study, running: dict[str, list[int]]) -> float:

@@ -177,6 +177,25 @@ def blocks_of(
     size: int,
     /,
 ) -> I64: ...
+def by_process(
+    frames: U64,
+    order: U32,
+    offsets: I64,
+    which: NDArray[np.uint8],
+    mask: int | np.uint64,
+    value: int | np.uint64,
+    start: I64,
+    process: I64,
+    hint: U32,
+    processes: int,
+    /,
+) -> tuple[I64, I64]: ...
+def frame_parts(
+    frames: U64, mask: int | np.uint64, value: int | np.uint64, most: int, size: int, /
+) -> I64: ...
+def between(
+    frames: U64, mask: int | np.uint64, value: int | np.uint64, low: int, high: int, /
+) -> U64: ...
 def any_in_one_block(
     frames: U64,
     order: U32,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dedup.estimate.content import Stock
+    from dedup.estimate.sampled import Present
     from dedup.kernel.pagemap import Sight
     from dedup.model.merge import Rules
     from dedup.pages import U64, Groups, Pages
@@ -35,10 +36,9 @@ MAPPING_BYTES: Final = 2600
 """Of each mapping: what smaps says of it, and its region."""
 PROCESS_BYTES: Final = 8 << 10
 SIMPLE_BYTES: Final = 40
-"""Of a page in a full scan, where nothing but the number of copies decides: exclusive pages of one
-process whose frames are known."""
+"""Of a page in a full scan, where its frame and the number of copies decide (`_simple`)."""
 PAGE_BYTES: Final = 240
-"""Of any other, at the most: each of them has a copy."""
+"""Of any other, at the most: each of them has a copy, and its content is one of few."""
 KEPT_BYTES: Final = 90
 ALONE_BYTES: Final = 70
 """Of a page of a sample, and more of it where its neighbours are not in the sample, so that it is a
@@ -187,7 +187,7 @@ class _Pilot:
     seed: int
     present: int
     simple: int
-    """Pages for which nothing but the number of copies decides."""
+    """Pages that the model needs no array of its own for."""
     told: content.Pilot
     rest: float
     """Part of the pages that has other contents."""
@@ -210,14 +210,14 @@ class _Pilot:
         zero = memory.zero_hash(sight.page_size, source.seed)
         told = content.Pilot.of(pages.hashes[there], zero, rate)
         some = np.isin(pages.hashes[there], told.counted)
-        alone = len(pages.processes) == 1 and pages.frames_known
+        pinned = any(p.pinned_bytes for p in pages.processes)
         return cls(
             len(pages.regions),
             len(pages.processes),
-            any(p.pinned_bytes for p in pages.processes),
+            pinned,
             source.seed,
             found.pages,
-            max(0, found.exclusive - found.ksm) if alone else 0,
+            _simple(pages, found, plan, zero),
             told,
             1 - float(some.mean()) if len(some) else 1.0,
         )
@@ -225,6 +225,30 @@ class _Pilot:
     def full_bytes(self) -> int:
         """What all pages take in a full scan, at the most."""
         return self.simple * SIMPLE_BYTES + (self.present - self.simple) * PAGE_BYTES
+
+
+def _simple(pages: Pages, found: Present, plan: Plan, zero: int) -> int:
+    """How many of the pages found the model needs no array of its own for.
+
+    Of several processes that is mostly all of them or none (`dedup.model.merge`).
+    """
+    if not pages.frames_known:
+        return 0
+    if len(pages.processes) == 1:
+        return max(0, found.exclusive - found.ksm)
+    rules = scanning.rules_of({**scanning.tunables(), **plan.assumed})
+    apart = not rules.merge_across_nodes and pages.nodes is not None
+    pinned = any(p.pinned_bytes for p in pages.processes)
+    locked = any("lo" in r.vm_flags for r in pages.regions)
+    if plan.order_known or rules.use_zero_pages or apart or pinned or locked or found.ksm:
+        return 0
+    if not found.huge:
+        return found.pages
+    # Beside all-zero pages in huge pages, what becomes of the small ones takes a closer look.
+    there = (pages.frames & Flag.UNREAD) == 0
+    beside = there & (pages.hashes == zero) & ((pages.frames & Flag.THP) == 0)
+    part = int(np.count_nonzero(beside)) / max(1, int(np.count_nonzero(there)))
+    return int(found.pages * (1 - part))
 
 
 @dataclass(slots=True)

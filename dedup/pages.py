@@ -23,7 +23,12 @@ FRAME_MASK: Final = np.uint64((1 << 48) - 1)
 NO_FLAG: Final = np.uint64(0)
 
 PIECE_GROUPS: Final = 1 << 13
-"""Groups worked on at a time."""
+PIECE_PAGES: Final = 1 << 15
+"""Groups, and pages of groups, worked on at a time."""
+PARTS: Final = 16
+"""Of pages that are worked on by frame number, at the least this part at a time."""
+HINT_PAGES: Final = 64
+"""Pages that share a hint (`Owners`); a test holds it against the core's."""
 
 NOT_DUMPED: Final = "not-dumped"
 """Code of what the maker of a file left out of it."""
@@ -187,6 +192,20 @@ class Skipped:
         return self.code != NOT_DUMPED
 
 
+class Owners(NamedTuple):
+    """Which process pages belong to, by stretches of pages that lie one after another."""
+
+    start: I64
+    """First page of each stretch, ascending."""
+    process: I64
+    hint: U32
+    """The stretch that each `HINT_PAGES`-th page lies in."""
+
+    def of(self, index: Index) -> I64:
+        """Process of each page."""
+        return np.asarray(self.process[np.searchsorted(self.start, index, side="right") - 1])
+
+
 @dataclass(slots=True)
 class Pages:
     """The pages of a scan.
@@ -231,6 +250,17 @@ class Pages:
     def process_of_region(self) -> I64:
         """Process of each region."""
         return np.array([r.process for r in self.regions], dtype=np.int64)
+
+    def owners(self) -> Owners:
+        """The process of all pages."""
+        order = np.argsort(self.run_first, kind="stable")
+        process = self.process_of_region()[self.run_region[order]]
+        changes = np.flatnonzero(np.diff(process, prepend=-1))
+        start, process = self.run_first[order[changes]], process[changes]
+        if len(start):
+            start[0] = 0
+        hint = np.searchsorted(start, np.arange(0, len(self.frames), HINT_PAGES), side="right") - 1
+        return Owners(start, process, hint.astype(np.uint32))
 
     def address_of(self, index: Index) -> I64:
         """Virtual address of each page in `index`."""
@@ -321,6 +351,32 @@ class Passes(Protocol):
     ) -> tuple[U64, U64, I64]:
         """Add up each group."""
 
+    def by_process(
+        self,
+        frames: U64,
+        order: U32,
+        offsets: I64,
+        which: NDArray[np.uint8],
+        mask: np.uint64,
+        value: np.uint64,
+        start: I64,
+        process: I64,
+        hint: U32,
+        processes: int,
+        /,
+    ) -> tuple[I64, I64]:
+        """Count mappings of groups by process."""
+
+    def frame_parts(
+        self, frames: U64, mask: np.uint64, value: np.uint64, most: int, size: int, /
+    ) -> I64:
+        """Divide the frame numbers of such words into parts."""
+
+    def between(
+        self, frames: U64, mask: np.uint64, value: np.uint64, low: int, high: int, /
+    ) -> U64:
+        """Find such words in one part, ascending by frame."""
+
     def by_block(
         self,
         frames: U64,
@@ -394,13 +450,15 @@ class Groups:
         return Sums(some, every, *sums)
 
     def pieces(self) -> Iterator[Groups]:
-        """All groups, some thousand at a time: so arrays of one entry a group stay small.
+        """All groups, some thousand at a time: so arrays of one entry a group or page stay small.
 
         Larger ones come from the kernel anew each time, and are touched for the first time. There
         is one piece at the least.
         """
-        for low in range(0, max(1, len(self.offsets) - 1), PIECE_GROUPS):
-            yield replace(self, offsets=self.offsets[low : low + PIECE_GROUPS + 1])
+        if len(self.offsets) <= 1:
+            yield self
+        for low, high in self.batches(PIECE_PAGES, PIECE_GROUPS):
+            yield replace(self, offsets=self.offsets[low : high + 1])
 
     def of(self, which: Bool) -> tuple[U32, I64]:
         """Pages of some groups, group after group, and how many each has."""
@@ -411,14 +469,44 @@ class Groups:
         at += np.arange(len(at))
         return self.order[at], sizes
 
-    def batches(self, pages: int) -> Iterator[tuple[int, int]]:
+    def by_frame(
+        self, frames: U64, mask: np.uint64, value: np.uint64, size: int = 1
+    ) -> Iterator[tuple[I64, I64]]:
+        """Pages that have `value` of the flags in `mask`, ascending by frame, part by part.
+
+        Yields frame numbers and indices. Mappings of one frame, and of one block of `size` frames,
+        come together.
+        """
+        most = max(PIECE_PAGES, self.passes.count(frames, mask, value) // PARTS)
+        for low, high in self.passes.frame_parts(frames, mask, value, most, size).tolist():
+            found = self.passes.between(frames, mask, value, low, high)
+            for begin, end in _slices(found, size):
+                index = (found[begin:end] & np.uint64(0xFFFFFFFF)).view(np.int64)
+                frame = (found[begin:end] >> np.uint64(32)).view(np.int64)
+                frame += low
+                yield frame, index
+
+    def batches(self, pages: int, groups: int | None = None) -> Iterator[tuple[int, int]]:
         """Groups [first, last), so many at a time that they have `pages` pages at the most.
 
-        A larger one comes alone.
+        A larger one comes alone. No more than `groups`, where that is given.
         """
         offsets, group, stop = self.offsets, 0, len(self.offsets) - 1
         while group < stop:
             end = int(np.searchsorted(offsets, offsets[group] + pages, "right")) - 1
-            end = min(max(group + 1, end), stop)
+            end = min(max(group + 1, end), stop, group + groups if groups else stop)
             yield group, end
             group = end
+
+
+def _slices(found: U64, size: int) -> Iterator[tuple[int, int]]:
+    """Divide ascending words with a frame above 32 bits so that no block of frames is divided."""
+    begin, n = 0, len(found)
+    while begin < n:
+        end = begin + PIECE_PAGES
+        if end < n:
+            block = int(found[end - 1] >> np.uint64(32)) // size
+            last = min((1 << 64) - 1, ((block + 1) * size << 32) - 1)
+            end = int(np.searchsorted(found, np.uint64(last), side="right"))
+        yield begin, min(end, n)
+        begin = end

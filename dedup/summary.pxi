@@ -12,6 +12,7 @@ cdef struct FrameTable:
     int64_t size          # a power of two
     int64_t mask          # of those in use for the present group
     int64_t used
+    bint pairs            # of a frame and a process, which stands in `merged`
 
 
 cdef struct Sums:
@@ -26,7 +27,12 @@ cdef enum:
     FRAME_SLOTS = 4096    # at first, and of a group at first
     GATHERED = 1024
     SPAN_MOST = 1 << 30   # frames between the lowest and the highest, for one bit each
+    OWNER_BITS = 6        # of the pages that share a hint
+    BINS_MOST = 1 << 17   # so that none has more than PART_MOST frames
+    DIGIT_BITS = 11       # of a sort
+    DIGITS = 1 << DIGIT_BITS
 
+cdef int64_t PART_MOST = <int64_t>1 << 32
 cdef uint64_t FRAME_LONE = <uint64_t>1 << 62
 cdef uint64_t FRAME_OUTSIDE = <uint64_t>1 << 63
 
@@ -156,7 +162,7 @@ def sums(const uint64_t[::1] frames not None, const uint32_t[::1] order not None
     cdef int64_t[:, ::1] into = sums_found
     cdef Sums of
     table.slots = <FrameSlot *>calloc(FRAME_SLOTS, sizeof(FrameSlot))
-    table.size = FRAME_SLOTS
+    table.size, table.pairs = FRAME_SLOTS, False
     if table.slots == NULL:
         raise MemoryError("no memory to count frames")
     with nogil:
@@ -186,10 +192,7 @@ cdef int _sum_group(const uint64_t *frames, const uint32_t *order, int64_t n, ui
     cdef uint64_t word, any_of = 0, all_of = ~<uint64_t>0
     cdef int64_t i, own = 0, own_merged = 0, own_outside = 0
     cdef FrameSlot *slot
-    t.used = 0
-    t.mask = FRAME_SLOTS - 1
-    while t.mask > 7 and t.mask > 4 * n:
-        t.mask >>= 1
+    _begin_group(t, n)
     for i in range(n):
         word = frames[order[i]]
         any_of |= word
@@ -226,6 +229,13 @@ cdef int _sum_group(const uint64_t *frames, const uint32_t *order, int64_t n, ui
     return 0
 
 
+cdef inline void _begin_group(FrameTable *t, int64_t n) noexcept nogil:
+    t.used = 0
+    t.mask = FRAME_SLOTS - 1
+    while t.mask > 7 and t.mask > 4 * n:
+        t.mask >>= 1
+
+
 cdef inline int64_t _frame_hash(uint64_t frame) noexcept nogil:
     return <int64_t>(frame * <uint64_t>0x9E3779B97F4A7C15 >> 24)
 
@@ -244,22 +254,302 @@ cdef inline FrameSlot *_frame_slot(FrameTable *t, uint64_t frame, uint32_t group
     return &t.slots[at]
 
 
+cdef inline uint64_t _pair(uint64_t frame, uint32_t process) noexcept nogil:
+    """Both as one number, for the hash."""
+    return frame ^ <uint64_t>process * <uint64_t>0xC2B2AE3D27D4EB4F
+
+
+cdef inline int _add_pair(FrameTable *t, uint64_t frame, uint32_t process,
+                          uint32_t group) noexcept nogil:
+    """Note a frame of a process: 1 where that is new, -1 without memory."""
+    cdef int64_t at
+    if 2 * t.used > t.mask and _grow_frames(t, group) < 0:
+        return -1
+    at = _frame_hash(_pair(frame, process)) & t.mask
+    while t.slots[at].group == group:
+        if t.slots[at].frame == frame and t.slots[at].merged == process:
+            return 0
+        at = (at + 1) & t.mask
+    t.slots[at].frame, t.slots[at].group, t.slots[at].merged = frame, group, process
+    t.used += 1
+    return 1
+
+
 cdef int _grow_frames(FrameTable *t, uint32_t group) noexcept nogil:
     """More places for the frames of the group under way."""
     cdef int64_t i, at, mask = 4 * t.mask + 3
+    cdef uint64_t frame
     cdef int64_t size = mask + 1 if mask + 1 > t.size else t.size
     cdef FrameSlot *slots = <FrameSlot *>calloc(size, sizeof(FrameSlot))
     if slots == NULL:
         return -1
     for i in range(t.mask + 1):
         if t.slots[i].group == group:
-            at = _frame_hash(t.slots[i].frame & FRAME_MASK) & mask
+            frame = t.slots[i].frame & FRAME_MASK
+            at = _frame_hash(_pair(frame, t.slots[i].merged) if t.pairs else frame) & mask
             while slots[at].group == group:
                 at = (at + 1) & mask
             slots[at] = t.slots[i]
     free(t.slots)
     t.slots, t.size, t.mask = slots, size, mask
     return 0
+
+
+cdef struct Owners:
+    const int64_t *start
+    const int64_t *process
+    const uint32_t *hint
+    int64_t n             # stretches of pages
+    int64_t processes
+
+
+cdef inline int64_t _owner(const Owners *o, int64_t page) noexcept nogil:
+    cdef int64_t at = o.hint[page >> OWNER_BITS]
+    while at + 1 < o.n and o.start[at + 1] <= page:
+        at += 1
+    return o.process[at]
+
+
+cdef object _set_owners(Owners *o, int64_t pages, const int64_t[::1] start,
+                        const int64_t[::1] process, const uint32_t[::1] hint, int64_t processes):
+    cdef int64_t i
+    o.n, o.processes = start.shape[0], processes
+    if process.shape[0] != o.n or (pages and not o.n):
+        raise ValueError("a process for each stretch, and one stretch at the least")
+    if hint.shape[0] != (pages + (1 << OWNER_BITS) - 1) >> OWNER_BITS:
+        raise ValueError("the stretches were found for other pages")
+    for i in range(o.n):
+        if process[i] < 0 or process[i] >= processes:
+            raise ValueError("no such process")
+    for i in range(hint.shape[0]):
+        if hint[i] >= o.n:
+            raise ValueError("no such stretch")
+    if pages:
+        o.start, o.process, o.hint = &start[0], &process[0], &hint[0]
+
+
+def by_process(const uint64_t[::1] frames not None, const uint32_t[::1] order not None,
+               const int64_t[::1] offsets not None, const uint8_t[::1] which not None,
+               uint64_t mask, uint64_t value, const int64_t[::1] start not None,
+               const int64_t[::1] process not None, const uint32_t[::1] hint not None,
+               int64_t processes):
+    """Mappings of some groups by process; group g is ``order[offsets[g]:offsets[g + 1]]``.
+
+    Parameters
+    ----------
+    frames : uint64 array
+        Frame words.
+    order : uint32 array
+    offsets : int64 array
+    which : uint8 array
+        0 for groups that do not count, 2 for those of which one mapping is left over.
+    mask, value : int
+        Pages with `value` of the flags in `mask` are known to have a frame of their own, and so
+        have those with `HIDDEN`.
+    start, process : int64 arrays
+        Of stretches of pages, ascending.
+    hint : uint32 array
+        The stretch that each 64th page lies in.
+    processes : int
+        How many there are.
+
+    Returns
+    -------
+    counts : int64 array, shape (4, processes)
+        Mappings; then of groups with one left over: those of this process alone, those of several
+        of which it is the last, and all those of several.
+    within : int64 array
+        Frames that each group has in a process more than one, all processes together.
+
+    Raises
+    ------
+    MemoryError
+    """
+    cdef int64_t g, groups = offsets.shape[0] - 1
+    cdef int rc = 0
+    cdef FrameTable table
+    cdef Owners owners
+    memset(&owners, 0, sizeof(owners))
+    _set_owners(&owners, frames.shape[0], start, process, hint, processes)
+    if which.shape[0] != groups:
+        raise ValueError("a mark for each group")
+    if groups and (offsets[0] < 0 or offsets[groups] > order.shape[0]):
+        raise ValueError("a group lies beyond the order")
+    counts_found, within_found = np.zeros((4, processes), np.int64), np.zeros(groups, np.int64)
+    seen_room = np.zeros(processes, np.uint32)
+    cdef int64_t[:, ::1] counts = counts_found
+    cdef int64_t[::1] within = within_found
+    cdef uint32_t[::1] seen = seen_room
+    table.slots = <FrameSlot *>calloc(FRAME_SLOTS, sizeof(FrameSlot))
+    table.size, table.pairs = FRAME_SLOTS, True
+    if table.slots == NULL:
+        raise MemoryError("no memory to count frames")
+    with nogil:
+        for g in range(groups):
+            if not which[g] or offsets[g] == offsets[g + 1]:
+                continue
+            rc = _share_group(&frames[0], &order[offsets[g]], offsets[g + 1] - offsets[g], mask,
+                              value, which[g] == 2, <uint32_t>(g + 1), &owners, &table, counts,
+                              &seen[0], &within[g])
+            if rc < 0:
+                break
+        free(table.slots)
+    if rc < 0:
+        raise MemoryError("no memory to count frames")
+    return counts_found, within_found
+
+
+cdef int _share_group(const uint64_t *frames, const uint32_t *order, int64_t n, uint64_t mask,
+                      uint64_t value, bint left, uint32_t group, const Owners *owners,
+                      FrameTable *t, int64_t[:, ::1] counts, uint32_t *seen,
+                      int64_t *within) noexcept nogil:
+    cdef uint64_t word
+    cdef int64_t i, p, last = -1, involved = 0, own = 0
+    cdef int new
+    _begin_group(t, n)
+    for i in range(n):
+        word = frames[order[i]]
+        p = _owner(owners, order[i])
+        counts[0, p] += 1
+        involved += seen[p] != group
+        seen[p] = group
+        last = max(last, p)
+        if (word & mask) == value or word & HIDDEN:
+            own += 1
+            continue
+        new = _add_pair(t, word & FRAME_MASK, <uint32_t>p, group)
+        if new < 0:
+            return -1
+        own += new
+    within[0] = own - involved
+    if left and involved == 1:
+        counts[1, last] += 1
+    elif left:
+        counts[2, last] += 1
+        for p in range(owners.processes):
+            counts[3, p] += seen[p] == group
+    return 0
+
+
+def frame_parts(const uint64_t[::1] frames not None, uint64_t mask, uint64_t value, int64_t most,
+                int64_t size):
+    """Parts of the frame numbers, each with some `most` of the words that count.
+
+    Parameters
+    ----------
+    frames : uint64 array
+        Frame words.
+    mask, value : int
+        Only words that have `value` of the flags in `mask` count.
+    most : int
+    size : int
+        Parts begin and end at multiples of this.
+
+    Returns
+    -------
+    int64 array, shape (parts, 2)
+        First frame, and the one behind the last: ascending, `PART_MOST` frames at the most.
+    """
+    cdef uint64_t step, counts, base, frame, low = FRAME_MASK, high = 0
+    cdef int64_t i, n = 0, bins, begin = 0
+    if size <= 0 or <uint64_t>size > <uint64_t>PART_MOST:
+        raise ValueError("no such size")
+    with nogil:
+        for i in range(frames.shape[0]):
+            counts = -<uint64_t>((frames[i] & mask) == value)
+            low = min(low, frames[i] & FRAME_MASK | ~counts)
+            high = max(high, frames[i] & FRAME_MASK & counts)
+            n += <int64_t>(counts & 1)
+    if not n:
+        return np.empty((0, 2), np.int64)
+    step = <uint64_t>size
+    base = low - low % step
+    while (high - base) // step >= <uint64_t>BINS_MOST:
+        step *= 2
+    bins = <int64_t>((high - base) // step) + 1
+    of_bin = np.zeros(bins, np.uint32)
+    cdef uint32_t[::1] into = of_bin
+    cdef int bits = 0, power = step & (step - 1) == 0
+    while (<uint64_t>1 << bits) < step:
+        bits += 1
+    with nogil:
+        for i in range(frames.shape[0]):
+            if (frames[i] & mask) == value:
+                frame = (frames[i] & FRAME_MASK) - base
+                into[<int64_t>(frame >> bits if power else frame // step)] += 1
+    parts = []
+    n = 0
+    for i in range(bins):
+        if n and (n + into[i] > most or <uint64_t>(i + 1 - begin) * step > <uint64_t>PART_MOST):
+            parts.append((int(base + begin * step), int(base + i * step)))
+            n = 0
+        if not n:
+            # A gap belongs to no part.
+            begin = i
+        n += into[i]
+    parts.append((int(base + begin * step), int(base + bins * step)))
+    return np.array(parts, np.int64)
+
+
+def between(const uint64_t[::1] frames not None, uint64_t mask, uint64_t value, uint64_t low,
+            uint64_t high):
+    """Words that have `value` of the flags in `mask`, and a frame from `low` to below `high`.
+
+    Returns
+    -------
+    uint64 array
+        Of each the frame, less `low`, above 32 bits of where it is; ascending.
+    """
+    cdef int64_t i, n = 0
+    cdef uint64_t frame, span = high - low
+    cdef bint there
+    if high < low or span > <uint64_t>PART_MOST or frames.shape[0] > <int64_t>PART_MOST:
+        raise ValueError("more frames or words than 32 bits tell apart")
+    # What is never touched takes no memory.
+    room = np.empty(frames.shape[0] + 1, np.uint64)
+    cdef uint64_t[::1] found = room
+    with nogil:
+        for i in range(frames.shape[0]):
+            frame = (frames[i] & FRAME_MASK) - low
+            found[n] = frame << 32 | <uint64_t>i
+            n += (frame < span) & ((frames[i] & mask) == value)
+    other = np.empty(n + 1, np.uint64)
+    cdef uint64_t[::1] spare = other
+    with nogil:
+        there = _sort_by_frame(&found[0], &spare[0], n, span)
+    return (other if there else room)[:n]
+
+
+cdef bint _sort_by_frame(uint64_t *found, uint64_t *spare, int64_t n,
+                         uint64_t span) noexcept nogil:
+    """Sort words that ascend by their lower 32 bits by the upper ones, all of them below `span`.
+
+    Digit by digit: that takes a fraction of what comparing takes. Gives whether the result lies in
+    `spare`.
+    """
+    cdef int64_t[DIGITS] at
+    cdef int64_t i, k, before, total
+    cdef int shift = 32, there = 0
+    cdef uint64_t *swap
+    while shift < 64 and (span - 1) >> (shift - 32):
+        memset(at, 0, sizeof(at))
+        for i in range(n):
+            at[found[i] >> shift & (DIGITS - 1)] += 1
+        total = 0
+        for k in range(DIGITS):
+            before = at[k]
+            at[k] = total
+            total += before
+        for i in range(n):
+            k = found[i] >> shift & (DIGITS - 1)
+            spare[at[k]] = found[i]
+            at[k] += 1
+        swap = found
+        found = spare
+        spare = swap
+        there ^= 1
+        shift += DIGIT_BITS
+    return there
 
 
 cdef struct Stretch:

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from dedup import _core
-from dedup.pages import FRAME_MASK, Flag
+from dedup import pages as module
+from dedup.pages import FRAME_MASK, HINT_PAGES, Census, Flag, Groups
 
 FLAGS = [Flag.EXCLUSIVE, Flag.KSM, Flag.THP, Flag.ZERO, Flag.HIDDEN, Flag.OUTSIDE]
 FAR = (1 << 48) - 1
+HIDDEN = int(Flag.HIDDEN)
 
 
 @st.composite
@@ -175,6 +177,79 @@ def test_blocks_of_groups(
     ]
     one = _core.any_in_one_block(frames, order, offsets, skip, mask, 0, size)
     assert one == any(together)
+
+
+@given(grouped(), MASKS, st.data())
+def test_groups_by_process(
+    groups: tuple[np.ndarray, np.ndarray, np.ndarray], mask: int, data: st.DataObject
+) -> None:
+    frames, order, offsets = groups
+    n, pages = len(offsets) - 1, len(frames)
+    which = np.array(data.draw(st.lists(st.integers(0, 2), min_size=n, max_size=n)), np.uint8)
+    cuts = data.draw(st.lists(st.integers(1, 60), max_size=8))
+    start = np.array(sorted({0, *cuts}), np.int64)
+    process = np.array(
+        data.draw(st.lists(st.integers(0, 3), min_size=len(start), max_size=len(start))), np.int64
+    )
+    owner = process[np.searchsorted(start, np.arange(pages), side="right") - 1]
+    hint = np.searchsorted(start, np.arange(0, pages, HINT_PAGES), side="right") - 1
+    counts, within = _core.by_process(
+        frames, order, offsets, which, mask, 0, start, process, hint.astype(np.uint32), 4
+    )
+    expected = np.zeros((4, 4), np.int64)
+    for g in range(n):
+        index = order[offsets[g] : offsets[g + 1]].tolist()
+        mine = sorted(int(owner[i]) for i in index)
+        if not which[g] or not mine:
+            assert within[g] == 0
+            continue
+        np.add.at(expected[0], mine, 1)
+        if which[g] == 2 and mine[0] == mine[-1]:
+            expected[1, mine[0]] += 1
+        elif which[g] == 2:
+            expected[2, mine[-1]] += 1
+            expected[3, sorted(set(mine))] += 1
+        words = [(i, int(frames[i])) for i in index]
+        apart = [w & HIDDEN or not w & mask for _, w in words]
+        names = {
+            (int(owner[i]), -1 - i if own else w & FAR)
+            for (i, w), own in zip(words, apart, strict=True)
+        }
+        assert within[g] == len(names) - len(set(mine))
+    assert counts.tolist() == expected.tolist()
+
+
+def test_a_process_that_there_is_not_is_refused() -> None:
+    frames, order = np.zeros(4, np.uint64), np.arange(4, dtype=np.uint32)
+    one, hint = np.zeros(1, np.int64), np.zeros(1, np.uint32)
+    groups = frames, order, np.array([0, 4]), np.ones(1, np.uint8), 0, 0
+    with pytest.raises(ValueError, match="no such process"):
+        _core.by_process(*groups, one, one + 2, hint, 2)
+    with pytest.raises(ValueError, match="no such stretch"):
+        _core.by_process(*groups, one, one, hint + 1, 2)
+    with pytest.raises(ValueError, match="other pages"):
+        _core.by_process(*groups, one, one, np.zeros(2, np.uint32), 2)
+
+
+@pytest.mark.parametrize("most", [8, 1 << 20, 1 << 36, 1 << 48])
+@pytest.mark.parametrize("size", [1, 3, 512])
+def test_pages_by_frame(most: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PIECE_PAGES", 40)
+    chance = np.random.default_rng(1)
+    for n in (0, 1, 39, 1000, 5000):
+        frames = chance.integers(0, most, n).astype(np.uint64)
+        frames[n // 2 :] = frames[chance.integers(0, max(1, n // 2), n - n // 2)]
+        odd = chance.random(n) < 0.3
+        frames[odd] |= Flag.KSM
+        nothing = np.empty(0, np.int64)
+        census = Census(nothing, nothing.view(np.uint64), nothing)
+        groups = Groups(np.empty(0, np.uint32), np.zeros(1, np.int64), n, census, _core)
+        parts = list(groups.by_frame(frames, Flag.KSM, np.uint64(0), size))
+        blocks = [np.unique(frame // size).tolist() for frame, _ in parts]
+        assert len({b for block in blocks for b in block}) == sum(map(len, blocks))
+        found = [pair for f, i in parts for pair in zip(f.tolist(), i.tolist(), strict=True)]
+        index = np.flatnonzero(~odd).tolist()
+        assert found == sorted((int(frames[i]), i) for i in index)
 
 
 def test_groups_beyond_the_order_are_refused() -> None:

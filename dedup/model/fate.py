@@ -175,6 +175,30 @@ def known(
     return _overflow(nodes, free, n, d, d, int(copies.max()), limit, new)
 
 
+def of_frames(n: int, frames: int, most: int, limit: int) -> Fate:
+    """The fate of a content with no KSM pages, whose frames have several mappings, by numbers.
+
+    As `known` has it where the order is not known. `Fate.stays` is of no mapping where all merge,
+    else of all of them.
+
+    Parameters
+    ----------
+    n : int
+        Mappings; more than `frames`.
+    frames : int
+    most : int
+        Mappings of one frame, at the most.
+    limit : int
+        `max_page_sharing`.
+    """
+    all_of_them = np.broadcast_to(np.True_, n)
+    if frames == 1:
+        return Fate((0, 0), (n, n), (1, 1), (0, 0), all_of_them)
+    if n <= limit:
+        return Fate((1, 1), (0, 0), (0, 0), (frames - 1, frames - 1), np.empty(0, np.bool_))
+    return _overflow(0, 0, n, frames, frames, most, limit, all_of_them)
+
+
 def _overflow(
     nodes: int, free: int, n: int, least: int, most: int, copies: int, limit: int, new: Bool
 ) -> Fate:

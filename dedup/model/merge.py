@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dedup.model.fate import Fate
-    from dedup.pages import I64, U64, Bool, Groups, Index, Nodes, Pages, Sums
+    from dedup.pages import I64, U32, U64, Bool, Groups, Index, Nodes, Owners, Pages, Sums
 
 RMAP_ITEM_BYTES: Final = 64
 STABLE_NODE_BYTES: Final = 64
@@ -35,6 +35,9 @@ NOT_STABLE: Final = UNSTABLE | ABSENT
 
 CHUNK_PAGES: Final = 1 << 16
 """Pages of contents added up in one go: what is needed a page lives no longer."""
+
+LARGE_PAGES: Final = 1 << 13
+"""Mappings from which on a content is too large for arrays of all that is known of each."""
 
 _INT64_BITS: Final = 63
 """Of a number above 0."""
@@ -268,6 +271,9 @@ class _Model:
             [p.ksm_zero_pages for p in pages.processes], np.int64
         ).reshape(-1, 1)
         self.merging = np.zeros((n_processes, 2), np.int64)
+        self.left_over = np.zeros((3, n_processes), np.int64)
+        """Of contents with one mapping left over, those of each process; see `by_process`."""
+        self.owners: Owners | None = None
         self.zero_saved = self.within_saved = self.across_saved = 0
         # Huge pages by number: those that split for sure, those that may; and sets of which one
         # at the most stays whole.
@@ -301,14 +307,17 @@ class _Model:
         rmap_by_process = census.by_process(len(pages.processes), ABSENT)
         self.volatile.add(int(rmap_by_process.sum()) - census.of(NOT_STABLE))
         self._all_singles()
-        contents = self._all_but_simple()
         zeros = self._zeros()
         self.cut |= bool((zeros.thp & ((zeros.word & Flag.LOCKED) == 0)).any())
         if zeros.thp.any():
             self._find_locked()
         if self.linked:
-            contents, zeros = self._scan_linked(contents, zeros)
-        self._contents(contents)
+            contents, zeros = self._scan_linked(self._joined_rest(), zeros)
+            self._contents(contents)
+        else:
+            for piece in self.groups.pieces():
+                self._contents(self._rest(piece))
+        self._add_left_over()
         if zeros.groups == 1 and len(zeros.index):
             self._zero(zeros)
         elif zeros.groups > 1:
@@ -326,9 +335,15 @@ class _Model:
         """
         mask, frames = NOT_STABLE | Flag.ZERO, self.pages.frames
         n = self.census.of(mask, Flag.ZERO)
+        index = np.empty(0, np.int64)
+        if n and self._told_by_frames(mask, n):
+            if self.census.of(mask | Flag.THP, Flag.ZERO | Flag.THP):
+                index = self._but_frames_in_company(mask)
+                n = 0
+            elif self._add_small_zeros(mask, n):
+                n = 0
         one = len(self.pages.processes) == 1 and self.nodes is None and self.blind == 1
         plain = one and not (self.rules.use_zero_pages or self.pinned)
-        index = np.empty(0, np.int64)
         if n and plain and self._all_apart(mask, n):
             passes = self.groups.passes
             if not self.census.of(mask | Flag.THP, Flag.ZERO | Flag.THP):
@@ -350,6 +365,63 @@ class _Model:
             names, group = np.unique(self.nodes.of(frame), return_inverse=True)
             groups = len(names)
         return self._copies(index, group, groups)
+
+    def _told_by_frames(self, mask: np.uint64, n: int) -> bool:
+        """Whether of `n` all-zero pages of several processes it counts which frames they have.
+
+        Some of it, that is, with no need of an array of all of them.
+        """
+        if len(self.pages.processes) <= 1 or self.nodes is not None or self.blind > 1:
+            return False
+        if self.linked or self.rules.use_zero_pages or self.pinned:
+            return False
+        locked = Flag.THP | Flag.LOCKED
+        if self.census.of(ABSENT | locked, locked):
+            return False
+        return self.census.of(mask | Flag.KSM | Flag.HIDDEN | Flag.LOCKED, Flag.ZERO) == n
+
+    def _add_small_zeros(self, mask: np.uint64, n: int) -> bool:
+        """Add up all-zero pages in no huge page; gives whether their frames were enough to know."""
+        by_process = self.census.by_process(len(self.pages.processes), mask, Flag.ZERO)
+        alone = Flag.ZERO | Flag.EXCLUSIVE
+        if self.census.of(mask | Flag.EXCLUSIVE, alone) == n:
+            self._plain_zero(n, by_process=by_process)
+            return True
+        frames, most, outside = self._frames_of(self.pages.frames, mask, Flag.ZERO)
+        if frames == n:
+            self._plain_zero(n, outside, by_process)
+            return True
+        one = np.count_nonzero(by_process) == 1
+        if frames > 1 and n > self.limit and (self.rules.order_known or one):
+            return False
+        f = fate.of_frames(n, frames, most, self.limit)
+        self.zero_saved += self._add_outcome(n, outside, f)
+        self._add_uncertain_merging(by_process, by_process if len(f.stays) else 0 * by_process, f)
+        return True
+
+    def _but_frames_in_company(self, mask: np.uint64) -> I64:
+        """As `_but_in_company`, of several processes: a page may have several mappings."""
+        word, size = self.pages.frames, self.pages.huge_pages
+        kept = [self.groups.passes.select(word, mask | Flag.THP, Flag.ZERO)]
+        mask |= Flag.THP
+        for frame, index in self.groups.by_frame(word, mask, Flag.ZERO | Flag.THP, size):
+            at = np.flatnonzero(_starts(frame))
+            folio = frame[at] // size
+            begins = np.flatnonzero(_starts(folio))
+            pages = np.diff(begins, append=len(folio))
+            several = np.repeat(pages > 1, pages)
+            which = np.repeat(several, np.diff(at, append=len(frame)))
+            kept.append(index[~which])
+            self.split.update(folio[begins[pages > 1]].tolist())
+            n, frames = int(np.count_nonzero(which)), int(np.count_nonzero(several))
+            self.vanished |= n > 0
+            self.gone.add(n)
+            mine = np.bincount(self._process_of(index[which]), minlength=len(self.pages.processes))
+            self.gone_by_process += mine[:, None]
+            self.freed.add(frames)
+            self.zero_saved += frames
+        self.cut |= self.vanished
+        return np.sort(np.concatenate(kept))
 
     def _all_apart(self, mask: np.uint64, n: int) -> bool:
         """Whether all `n` all-zero pages have frames of their own, none of them a KSM page's."""
@@ -388,35 +460,52 @@ class _Model:
         self.zero_saved += n
         return np.sort(np.concatenate((small, last[~several])))
 
-    def _all_but_simple(self) -> _Copies:
-        """Add up the contents of one process that need no closer look; give the others.
+    def _rest(self, groups: Groups) -> _Copies:
+        """Add up the contents that need no closer look; give the others.
 
         They are most of what a scan finds. All-zero pages are left out.
         """
+        which = self._but_simple(groups)
+        for g in np.flatnonzero(which & (np.diff(groups.offsets) >= LARGE_PAGES)).tolist():
+            if self._add_large(groups.order[groups.offsets[g] : groups.offsets[g + 1]]):
+                which[g] = False
+        index, sizes = groups.of(which)
+        return self._copies(index, np.repeat(np.arange(len(sizes)), sizes), len(sizes))
+
+    def _joined_rest(self) -> _Copies:
+        """The same for all contents."""
         parts = [piece.of(self._but_simple(piece)) for piece in self.groups.pieces()]
         index, sizes = (np.concatenate(p) for p in zip(*parts, strict=True))
         return self._copies(index, np.repeat(np.arange(len(sizes)), sizes), len(sizes))
 
     def _but_simple(self, groups: Groups) -> Bool:
-        """The same of some contents; gives which of them are left."""
+        """Add up what needs no closer look of some contents; gives which of them are left."""
         frames, sizes = self.pages.frames, np.diff(groups.offsets)
-        if len(self.pages.processes) > 1:
-            # Which of them a mapping belongs to is the others' way to find out.
-            return np.asarray((frames[groups.order[groups.offsets[:-1]]] & Flag.ZERO) == 0)
+        several = len(self.pages.processes) > 1
         own = Flag.EXCLUSIVE | Flag.KSM | Flag.HIDDEN, Flag.EXCLUSIVE
-        unsure = Flag.DUPLICATE | Flag.KSM | Flag.HIDDEN | Flag.EXCLUSIVE
-        if self.census.of(unsure, Flag.DUPLICATE) and self._copies_apart():
-            own = Flag.KSM | Flag.HIDDEN, NO_FLAG
+        if several:
+            # Of a huge page, the mark may be that of its first page (see `_Copies.alone`).
+            own = Flag.EXCLUSIVE | Flag.KSM | Flag.THP, Flag.EXCLUSIVE
+        else:
+            unsure = Flag.DUPLICATE | Flag.KSM | Flag.HIDDEN | Flag.EXCLUSIVE
+            if self.census.of(unsure, Flag.DUPLICATE) and self._copies_apart():
+                own = Flag.KSM | Flag.HIDDEN, NO_FLAG
         s = groups.sums(frames, self.limit, own, Flag.ZERO)
         rest = (s.some & Flag.ZERO) == 0
         clear = rest & ((s.some & Flag.HIDDEN) == 0)
+        if several:
+            clear = rest & self._clear(s)
         if self.linked:
             # What huge pages tie together is scanned.
             clear &= ((s.every & Flag.EXCLUSIVE) != 0) & ((s.some & (NOT_SIMPLE | Flag.THP)) == 0)
+            if several:
+                clear &= closed_form(sizes, self.limit)[1] == 0
         merged = self._add_clear(s, sizes, clear)
-        freed = merged.freed
-        self.within_saved += int(freed.sum())
-        self.merging += int((sizes - merged.left)[merged.which].sum())
+        if several:
+            self._add_by_process(groups, merged, own)
+        else:
+            self.within_saved += int(merged.freed.sum())
+            self.merging += int((sizes - merged.left)[merged.which].sum())
         huge = merged.which & ((s.some & Flag.THP) != 0)
         if huge.any():
             folios = groups.passes.blocks_of(
@@ -425,6 +514,85 @@ class _Model:
             )  # fmt: skip
             self.split.update(folios.tolist())
         return np.asarray(rest & ~merged.which & ~merged.one_frame)
+
+    def _add_large(self, index: U32) -> bool:
+        """Add up a content beyond the limit, its frames known and forked, in an order not known.
+
+        As `_special` does, with no need of arrays of all that is known of each mapping. Gives
+        whether it is such a content.
+        """
+        pages, size, n = self.pages, self.pages.huge_pages, len(index)
+        if len(pages.processes) <= 1 or self.blind > 1 or self.rules.order_known or n <= self.limit:
+            return False
+        word = pages.frames[index]
+        if np.bitwise_or.reduce(word) & (Flag.KSM | Flag.HIDDEN | Flag.LOCKED):
+            return False
+        mine = np.zeros(len(pages.processes), np.int64)
+        for low in range(0, n, LARGE_PAGES):
+            process = self._process_of(index[low : low + LARGE_PAGES])
+            mine += np.bincount(process, minlength=len(mine))
+        frames, most, outside = self._frames_of(word, NO_FLAG, NO_FLAG)
+        if np.count_nonzero(mine) < 2 or not 1 < frames < n:
+            return False
+        f = fate.of_frames(n, frames, most, self.limit)
+        self.across_saved += self._add_outcome(n, outside, f)
+        self._add_uncertain_merging(mine, mine, f)
+        one_of_them: set[int] = set()
+        for frame, _ in self.groups.by_frame(word, Flag.THP, Flag.THP, size):
+            folio, count = np.unique(frame[_starts(frame)] // size, return_counts=True)
+            # Two frames of the content in a huge page: one of them merges.
+            self.split.update(folio[count > 1].tolist())
+            one_of_them.update(folio[count == 1].tolist())
+        if one_of_them:
+            self.one_stays.append(one_of_them)
+        return True
+
+    def _frames_of(self, word: U64, mask: np.uint64, value: np.uint64) -> tuple[int, int, int]:
+        """Frames of such words, mappings of one at the most, and frames mapped outside too."""
+        frames = most = outside = 0
+        for frame, index in self.groups.by_frame(word, mask, value):
+            at = np.flatnonzero(_starts(frame))
+            frames += len(at)
+            most = max(most, int(np.diff(at, append=len(frame)).max()))
+            is_outside = (word[index] & Flag.OUTSIDE) != 0
+            outside += int(np.count_nonzero(np.logical_or.reduceat(is_outside, at)))
+        return frames, most, outside
+
+    def _clear(self, s: Sums) -> Bool:
+        """Contents of which nothing is hidden that matters."""
+        if self.blind > 1:
+            return np.zeros(len(s.some), bool)
+        clear: Bool = (s.some & Flag.HIDDEN) == 0
+        if not clear.all() and not any(r.ksm_bytes for r in self.pages.regions):
+            clear |= ((s.every & Flag.EXCLUSIVE) != 0) & ((s.some & Flag.THP) == 0)
+        return clear
+
+    def _add_by_process(
+        self, groups: Groups, merged: _Merged, own: tuple[np.uint64, np.uint64]
+    ) -> None:
+        """Divide what has been added up between the processes."""
+        which = merged.which.astype(np.uint8)
+        which[merged.which & (merged.left > 0)] = 2
+        o = self._owners()
+        counts, within = groups.passes.by_process(
+            self.pages.frames, groups.order, groups.offsets, which, *own,
+            o.start, o.process, o.hint, len(self.pages.processes),
+        )  # fmt: skip
+        self.merging += counts[0][:, None]
+        self.left_over += counts[1:]
+        # What a process saves by itself.
+        within = np.minimum(within, merged.freed)
+        self.within_saved += int(within[merged.which].sum())
+        self.across_saved += int((merged.freed - within)[merged.which].sum())
+
+    def _add_left_over(self) -> None:
+        """Of each content with a mapping left over, the last one in scan order is not merged."""
+        alone, last, involved = self.left_over
+        self.merging -= alone[:, None]
+        if self.rules.order_known and not self.cut:
+            self.merging -= last[:, None]
+        else:
+            self.merging[:, 0] -= involved
 
     def _add_clear(self, s: Sums, n: I64, clear: Bool) -> _Merged:
         """Add up contents of which nothing is hidden, but those that need a closer look.
@@ -471,7 +639,12 @@ class _Model:
             return np.empty(0, np.int64)
         if len(self.pages.processes) == 1:
             return np.broadcast_to(np.int64(0), len(index))
-        return np.asarray(self.pages.process_of_region()[self.pages.region_of(index)])
+        return self._owners().of(index)
+
+    def _owners(self) -> Owners:
+        if self.owners is None:
+            self.owners = self.pages.owners()
+        return self.owners
 
     def _folio_of(self, c: _Copies) -> I64:
         """A number for the huge page of each page; below 0 where frame numbers are hidden."""
@@ -783,25 +956,11 @@ class _Model:
         self._add_fate(c, self._fate(c, delayed=delayed, spoils=locked))
 
     def _add_fate(self, c: _Copies, f: Fate) -> None:
-        self.shared.add(*f.nodes)
-        self.sharing.add(*f.sharing(len(c.index)))
-        self.unshared.add(*f.unshared)
-        self.volatile.add(*f.volatile)
-        if self.blind > 1:
-            self.chains.add(0, min(self.blind, f.nodes[1] // 2))
-        else:
-            self.chains.add(int(f.nodes[0] >= 2), int(f.nodes[1] >= 2))
-        self.dups.add(*(n if n >= 2 else 0 for n in f.nodes))
-        self._add_uncertain_merging(c, f)
+        outside = len(_sorted_values(c.frame[(c.word & Flag.OUTSIDE) != 0]))
+        low = self._add_outcome(len(c.index), outside, f)
+        self._add_uncertain_merging(self._count(c), self._count(c, f.stays), f)
         if c.thp.any():
             self._add_splits(c, f)
-        # A frame that is mapped outside the scan too stays there, unless it is a node's.
-        outside = len(_sorted_values(c.frame[(c.word & Flag.OUTSIDE) != 0]))
-        low = f.freed[0] - outside
-        high = max(low, f.freed[1] - max(0, outside - f.nodes[1]))
-        if f.freed[0] >= 0:
-            low, high = max(0, low), max(0, high)
-        self.freed.add(low, high)
         if c.zero[0]:
             self.zero_saved += low
         elif (c.process == c.process[0]).all():
@@ -809,9 +968,27 @@ class _Model:
         else:
             self.across_saved += low
 
-    def _add_uncertain_merging(self, c: _Copies, f: Fate) -> None:
-        mine = self._count(c)
-        may_stay = self._count(c, f.stays)
+    def _add_outcome(self, n: int, outside: int, f: Fate) -> int:
+        """Add up `n` mappings, so many of their frames mapped outside; gives frames freed."""
+        self.shared.add(*f.nodes)
+        self.sharing.add(*f.sharing(n))
+        self.unshared.add(*f.unshared)
+        self.volatile.add(*f.volatile)
+        if self.blind > 1:
+            self.chains.add(0, min(self.blind, f.nodes[1] // 2))
+        else:
+            self.chains.add(int(f.nodes[0] >= 2), int(f.nodes[1] >= 2))
+        self.dups.add(*(k if k >= 2 else 0 for k in f.nodes))
+        # A frame that is mapped outside the scan too stays there, unless it is a node's.
+        low = f.freed[0] - outside
+        high = max(low, f.freed[1] - max(0, outside - f.nodes[1]))
+        if f.freed[0] >= 0:
+            low, high = max(0, low), max(0, high)
+        self.freed.add(low, high)
+        return low
+
+    def _add_uncertain_merging(self, mine: I64, may_stay: I64, f: Fate) -> None:
+        """Add up mappings by process, and those of them that may be on no node."""
         if f.exact:
             self.merging += (mine - may_stay)[:, None]
             return
@@ -874,10 +1051,11 @@ class _Model:
         else:
             self._special(c)
 
-    def _plain_zero(self, n: int, outside: int = 0) -> None:
-        """Small, of one process, a frame each: nothing but their number decides.
+    def _plain_zero(self, n: int, outside: int = 0, by_process: I64 | None = None) -> None:
+        """Small, a frame each: nothing but their number decides.
 
-        So many of the frames are mapped outside the scan too.
+        So many of the frames are mapped outside the scan too. Of one process, unless it is given
+        how many each process has.
         """
         sizes = np.array([n])
         nodes, left = closed_form(sizes, self.limit)
@@ -885,7 +1063,15 @@ class _Model:
         low, high = _freed(sizes - nodes - left, np.array([outside]), nodes)
         self.freed.add(int(low[0]), int(high[0]))
         self.zero_saved += int(low[0])
-        self.merging += n - int(left[0])
+        mine = np.array([n]) if by_process is None else by_process
+        self.merging += mine[:, None]
+        if not left[0]:
+            return
+        involved = np.flatnonzero(mine)
+        if len(involved) == 1 or self.rules.order_known:
+            self.merging[involved[-1]] -= 1
+        else:
+            self.merging[involved, 0] -= 1
 
     def _to_zero_page(self, c: _Copies, folio: I64, vanishing: Bool) -> None:
         """use_zero_pages: all go to the shared zero page, but those merged before."""
@@ -1195,19 +1381,26 @@ def by_node(pages: Pages, groups: Groups, nodes: Nodes) -> tuple[Groups, Index]:
     tuple of Groups and array
         Contents with two copies or more on one node; pages that are alone on theirs.
     """
-    sizes = np.diff(groups.offsets)
+    kept, counts, lonely = zip(
+        *(_piece_by_node(pages, piece, nodes) for piece in groups.pieces()), strict=True
+    )
+    offsets = np.concatenate(([0], np.cumsum(np.concatenate(counts))))
+    order = np.concatenate(kept)
+    return replace(groups, order=order, offsets=offsets.astype(np.int64)), np.concatenate(lonely)
+
+
+def _piece_by_node(pages: Pages, groups: Groups, nodes: Nodes) -> tuple[U32, I64, U32]:
+    """The pages of contents with copies on one node, how many each has, and the lonely pages."""
+    order, sizes = groups.of(np.ones(len(groups.offsets) - 1, bool))
     group = np.repeat(np.arange(len(sizes)), sizes)
-    node = nodes.of((pages.frames[groups.order] & FRAME_MASK).astype(np.int64))
-    order = np.lexsort((node, group))
-    index, group, node = groups.order[order], group[order], node[order]
+    node = nodes.of((pages.frames[order] & FRAME_MASK).astype(np.int64))
+    by_node = np.lexsort((node, group))
+    index, group, node = order[by_node], group[by_node], node[by_node]
     first = np.ones(len(index), bool)
     first[1:] = (group[1:] != group[:-1]) | (node[1:] != node[:-1])
-    starts = np.flatnonzero(first)
-    counts = np.diff(np.append(starts, len(index)))
+    counts = np.diff(np.append(np.flatnonzero(first), len(index)))
     several = np.repeat(counts >= 2, counts)
-    offsets = np.concatenate(([0], np.cumsum(counts[counts >= 2])))
-    kept = replace(groups, order=index[several], offsets=offsets.astype(np.int64))
-    return kept, index[~several]
+    return index[several], counts[counts >= 2], index[~several]
 
 
 def _joined(a: _Copies, b: _Copies) -> _Copies:
@@ -1293,15 +1486,22 @@ def savings_alone(pages: Pages, groups: Groups, labels: Sequence[int]) -> I64:
     """
     label = np.asarray(labels, np.int64)
     total = np.zeros(int(label.max()) + 1 if len(label) else 0, np.int64)
-    index = groups.order
+    owners = pages.owners()
+    for piece in groups.pieces():
+        _add_alone(total, pages, piece, label, owners)
+    return total
+
+
+def _add_alone(total: I64, pages: Pages, groups: Groups, label: I64, owners: Owners) -> None:
+    index, sizes = groups.of(np.ones(len(groups.offsets) - 1, bool))
     if not len(index):
-        return total
+        return
     word = pages.frames[index]
     frame = (word & FRAME_MASK).astype(np.int64)
     hidden = (word & Flag.HIDDEN) != 0
     frame[hidden] = -1 - index[hidden].astype(np.int64)
-    group = np.repeat(np.arange(len(groups.offsets) - 1), np.diff(groups.offsets))
-    mine = label[pages.process_of_region()[pages.region_of(index)]]
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    mine = label[owners.of(index)]
     order = np.lexsort((frame, group, mine))
     m, g, f = mine[order], group[order], frame[order]
     new_pair = np.ones(len(m), bool)
@@ -1310,4 +1510,3 @@ def savings_alone(pages: Pages, groups: Groups, labels: Sequence[int]) -> I64:
     new_frame[1:] |= f[1:] != f[:-1]
     np.add.at(total, m[new_frame], 1)
     np.add.at(total, m[new_pair], -1)
-    return total

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dedup.model.merge import Prediction, Rules
-    from dedup.pages import I64, Groups, Pages
+    from dedup.pages import I64, Bool, Groups, Pages
 
 PERIOD: Final = 9
 """Scans from one visit of an old page to the next."""
@@ -169,12 +169,17 @@ def _unsure(pages: Pages, groups: Groups, rules: Rules) -> I64:
     unmerged = groups.census.of(Flag.DUPLICATE | Flag.KSM, Flag.DUPLICATE)
     if not unmerged or not followed.any():
         return nobody
+    parts = [_unsure_of(pages, piece, rules, followed) for piece in groups.pieces()]
+    return np.concatenate(parts)
+
+
+def _unsure_of(pages: Pages, groups: Groups, rules: Rules, followed: Bool) -> I64:
+    """The same of some contents; ksmd follows some pages of the regions `followed`."""
     # What is merged altogether needs no closer look.
-    parts = [
-        piece.of((piece.sums(pages.frames, 0, (NO_FLAG, NO_FLAG)).every & Flag.KSM) == 0)
-        for piece in groups.pieces()
-    ]
-    order, sizes = (np.concatenate(p) for p in zip(*parts, strict=True))
+    sums = groups.sums(pages.frames, 0, (NO_FLAG, NO_FLAG))
+    order, sizes = groups.of((sums.every & Flag.KSM) == 0)
+    if not len(order):
+        return np.empty(0, np.int64)
     word = pages.frames[order]
     frame = (word & FRAME_MASK).astype(np.int64)
     hidden = (word & Flag.HIDDEN) != 0

@@ -178,7 +178,7 @@ def _scan_part(scan: Scan) -> dict[str, Any]:
     tally = scan.tally
     return {
         "pages": scan.scanned_pages,
-        "frames": summary.distinct_frames(scan.pages),
+        "frames": summary.distinct_frames(scan.pages, scan.groups),
         "bytes": scan.scanned_pages * scan.pages.page_size,
         "seconds": scan.seconds,
         "scope": scan.scope,

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from dedup.model import merge
-from dedup.pages import FRAME_MASK, Flag
+from dedup.pages import NO_FLAG, Flag
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dedup.pages import I64, Bool, Pages, Process, Skipped, Stored
+    from dedup.pages import I64, Bool, Groups, Pages, Process, Skipped, Stored
     from dedup.scanning import Scan
 
 By = Literal["name", "user", "cgroup", "unit"]
-
-CHUNK_PAGES: Final = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,20 +103,15 @@ def sources(pages: Pages) -> list[StoredPages]:
     ]
 
 
-def distinct_frames(pages: Pages) -> int | None:
+def distinct_frames(pages: Pages, groups: Groups) -> int | None:
     """Frames under the scanned pages; None where frame numbers are hidden."""
     if not pages.frames_known:
         return None
-    exclusive = 0
-    shared = []
-    # In pieces: the masks of a whole host would take as much memory again.
-    for at in range(0, len(pages.frames), CHUNK_PAGES):
-        word = pages.frames[at : at + CHUNK_PAGES]
-        word = word[(word & (Flag.GONE | Flag.UNREAD)) == 0]
-        alone = (word & Flag.EXCLUSIVE) != 0
-        exclusive += int(np.count_nonzero(alone))
-        shared.append(np.unique(word[~alone] & FRAME_MASK))
-    return exclusive + (len(np.unique(np.concatenate(shared))) if shared else 0)
+    absent = Flag.GONE | Flag.UNREAD
+    frames = groups.passes.count(pages.frames, absent | Flag.EXCLUSIVE, Flag.EXCLUSIVE)
+    for frame, _ in groups.by_frame(pages.frames, absent | Flag.EXCLUSIVE, NO_FLAG):
+        frames += int(np.count_nonzero(np.diff(frame, prepend=-1)))
+    return frames
 
 
 def services(scan: Scan, by: By) -> list[Service]:

@@ -41,8 +41,6 @@ Scope = Literal["compatible", "advised"]
 
 BATCH_PROCESSES: Final = 128
 BATCH_BYTES: Final = 4 << 30
-SPAN_MOST: Final = 8
-"""Frames from the lowest to the highest, times those there are, for which a table is made."""
 
 
 @dataclass(slots=True)
@@ -562,32 +560,12 @@ def mark_outside(pages: Pages, groups: Groups, sight: Sight, threads: int = 1) -
         if pages.looks == 1:
             _mark_shared_throughout(pages, mask, value)
             mask |= Flag.OUTSIDE
-    # As they lie in memory, so that the frames of a huge page are asked for at once.
-    index = _core.select(frames, mask, value)
-    frame = (frames[index] & FRAME_MASK).astype(np.int64)
-    if one:
-        outside = pagemap.mappings_of(frame, threads=threads) > 1
-    else:
-        distinct, which, seen = _distinct(frame)
-        outside = (pagemap.mappings_of(distinct, threads=threads) > seen)[which]
-    frames[index[outside]] |= Flag.OUTSIDE
-
-
-def _distinct(frames: I64) -> tuple[I64, I64, I64]:
-    """Distinct frames, ascending; which of them each one is; how often each is there."""
-    if not len(frames):
-        return frames, frames, frames
-    low = int(frames.min())
-    span = int(frames.max()) - low + 1
-    if span > SPAN_MOST * len(frames):
-        distinct, which, seen = np.unique(frames, return_inverse=True, return_counts=True)
-        return distinct, which, seen
-    # Where they lie close together, by a table: to sort them takes many times as long.
-    seen = np.bincount(frames - low)
-    (distinct,) = np.nonzero(seen)
-    place = np.empty(span, np.int64)
-    place[distinct] = np.arange(len(distinct))
-    return distinct + low, place[frames - low], seen[distinct]
+    # By frame number, so that the frames of a huge page are asked for at once.
+    for frame, index in groups.by_frame(frames, mask, value):
+        at = np.flatnonzero(np.diff(frame, prepend=-1))
+        seen = np.diff(at, append=len(frame))
+        outside = pagemap.mappings_of(frame[at], threads=threads) > (1 if one else seen)
+        frames[index[np.repeat(outside, seen)]] |= Flag.OUTSIDE
 
 
 def _mark_shared_throughout(pages: Pages, mask: np.uint64, value: np.uint64) -> None:

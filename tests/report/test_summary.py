@@ -1,9 +1,17 @@
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from dedup import pages
 from dedup.pages import Flag, Skipped
 from dedup.report import summary
 
 from .scans import PAGE, ZERO, make
+
+if TYPE_CHECKING:
+    import pytest
+
+    from dedup.scanning import Scan
 
 
 def test_pages_by_region_and_process() -> None:
@@ -17,21 +25,21 @@ def test_pages_by_region_and_process() -> None:
     assert summary.by_process(scan.pages, counts.pages).tolist() == [3, 0, 1]
 
 
+def distinct_frames(scan: Scan) -> int | None:
+    return summary.distinct_frames(scan.pages, scan.groups)
+
+
 def test_distinct_frames() -> None:
-    assert summary.distinct_frames(make([[1, 1, 2], [1, 3]]).pages) == 5
-    assert summary.distinct_frames(make([[1, 1, 2], [1, 3]], shared=True).pages) == 3
-    assert summary.distinct_frames(make([[1, 1]], frames_known=False).pages) is None
-    assert summary.distinct_frames(make([[]]).pages) == 0
+    assert distinct_frames(make([[1, 1, 2], [1, 3]])) == 5
+    assert distinct_frames(make([[1, 1, 2], [1, 3]], shared=True)) == 3
+    assert distinct_frames(make([[1, 1]], frames_known=False)) is None
+    assert distinct_frames(make([[]])) == 0
 
 
-def test_distinct_frames_in_pieces(monkeypatch: object) -> None:
+def test_distinct_frames_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     scan = make([[1, 2, 3, 1], [2, 1, 4]], shared=True)
-    whole = summary.distinct_frames(scan.pages)
-    before, summary.CHUNK_PAGES = summary.CHUNK_PAGES, 2  # type: ignore[misc]
-    try:
-        assert summary.distinct_frames(scan.pages) == whole == 4
-    finally:
-        summary.CHUNK_PAGES = before  # type: ignore[misc]
+    monkeypatch.setattr(pages, "PIECE_PAGES", 2)
+    assert distinct_frames(scan) == 4
 
 
 def test_services_are_ranked_by_what_each_saves_alone() -> None:

@@ -8,7 +8,7 @@ import pytest
 from dedup import grouping
 from dedup.kernel import pagemap
 from dedup.pages import FRAME_MASK, Flag, Pages
-from dedup.sources.live import LiveSource, Options, _distinct, mark_outside
+from dedup.sources.live import LiveSource, Options, mark_outside
 from tests.kernel_fixtures import Target
 
 pytestmark = pytest.mark.root
@@ -116,16 +116,6 @@ def test_threads_that_ask(target: Target, threads: int, monkeypatch: pytest.Monk
     target.do("put", name="a", at=3, what=["same"] * 50, child=(1,))
     assert check(marked(target.pid, first, threads=threads)) > 1500
     assert second
-
-
-def test_distinct_frames() -> None:
-    chance = np.random.default_rng(1)
-    for most in (1, 3, 400, 1 << 40):
-        for n in (0, 1, 200):
-            frames = chance.integers(0, most, n) + 5
-            expected = np.unique(frames, return_inverse=True, return_counts=True)
-            for found, true in zip(_distinct(frames), expected, strict=True):
-                assert found.tolist() == true.tolist()
 
 
 @pytest.mark.parametrize("huge", [False, True])
