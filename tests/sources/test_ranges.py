@@ -60,6 +60,7 @@ def one_by_one(handle: Handle, regions: Iterable[tuple[Region, maps.Mapping]]) -
             flags = _core.RANGE_LOCKED if "lo" in m.vm_flags else 0
             flags |= _core.RANGE_KSM if m.ksm_bytes is None or m.ksm_bytes else 0
             shared = _core.RANGE_SHARED if m.shared_bytes else 0
+            flags |= _core.RANGE_TORN if m.shared_bytes else 0
             dense = m.anonymous_bytes * 2 >= m.end - m.start
             if not sight.pagemap_scan or (dense and not m.anon_huge_bytes and sight.frames):
                 told.append(
