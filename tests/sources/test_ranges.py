@@ -139,8 +139,9 @@ def test_random_layouts(number: int, target: Target) -> None:
                 parts.append((region._replace(scanned=region.scanned and at % 5 > 0), m))
         for some in (regions, parts):
             told = one_by_one(handle, some)
-            huge = _core.RANGE_HUGE | (_core.RANGE_SHARED if forked else 0)
-            assert {flags for _, _, flags, _ in told} >= {0, huge, _core.RANGE_LOCKED}
+            torn = _core.RANGE_TORN if forked else 0
+            huge = _core.RANGE_HUGE | (_core.RANGE_SHARED | torn if forked else 0)
+            assert {flags for _, _, flags, _ in told} >= {0, huge, _core.RANGE_LOCKED | torn}
             assert chosen(handle, some) == told
     zero = pagemap.sight().zero_frame
     wanted = set()
