@@ -157,7 +157,10 @@ def _room(size_bytes: int, present: int) -> int:
 
 def size(n: int) -> str:
     """For people, as `--memory` takes it."""
-    return f"{n / MIB:g}M" if n < MIB << 10 else f"{n / (MIB << 10):g}G"
+    for unit, name in ((MIB << 10, "G"), (MIB, "M"), (1 << 10, "K")):
+        if n >= unit:
+            return f"{n / unit:.4g}{name}"
+    return str(n)
 
 
 def _fixed(threads: int, mappings: int, count: int) -> int:

@@ -250,7 +250,7 @@ def _counted(fd: int, found: list[maps.Mapping]) -> list[maps.Mapping]:
     bounds = np.array([(found[i].start, found[i].end) for i in which], np.uint64).reshape(-1, 2)
     own = (rows[:, 2] & np.uint64(_core.PAGE_IS_FILE)) == 0
     huge = (rows[:, 2] & np.uint64(_core.PAGE_IS_HUGE)) != 0
-    sizes = [_inside(rows[some], bounds) for some in (own | True, own, own & huge)]
+    sizes = [_inside(part, bounds) for part in (rows, rows[own], rows[own & huge])]
     for i, resident, anonymous, as_one in zip(which, *sizes, strict=True):
         found[i] = found[i]._replace(
             anonymous_bytes=anonymous,

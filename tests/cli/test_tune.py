@@ -275,8 +275,9 @@ def test_a_wish_for_what_ksm_follows(
     other.do("advise", name="a", what="mergeable")
     ksm.converge(stop=False)
     data = dedup("tune", "--within", "5", "--json").json
-    # ksmd is at work: the page that it visits is in neither tree for a moment.
-    assert data["load"]["candidates"] in {PAGES - 1, PAGES}
+    # ksmd is at work: the page that it visits is in neither tree for a moment, or, since the
+    # counters are files of their own, in two of them.
+    assert abs(data["load"]["candidates"] - PAGES) <= 1
     assert data["load"]["pages_shared"] == 100
     assert any("scan under way" in note for note in data["notes"])
     ksm.set(smart_scan=1)
