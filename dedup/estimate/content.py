@@ -21,18 +21,16 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from dedup import grouping
-from dedup.estimate.sampled import SLACK, Estimate, Present, distinct
+from dedup.estimate.sampled import SLACK, Estimate, Present, distinct, told, unknown_but_pages
 from dedup.estimate.unseen import Span
 from dedup.model import merge, steady
 from dedup.model.fate import closed_form
 from dedup.model.merge import (
-    FIELDS,
     NOT_STABLE,
     RMAP_ITEM_BYTES,
     STABLE_NODE_BYTES,
     Breakdown,
     Prediction,
-    ProcessPrediction,
 )
 from dedup.pages import FRAME_MASK, Flag
 
@@ -611,24 +609,12 @@ class _Estimator:
         return self._result(spans, metadata, by_process)
 
     def _result(self, spans: dict[str, Span], metadata: Span, by_process: I64) -> Estimate:
-        values: dict[str, int | None] = {}
-        bounds, point = {}, {}
-        for name in FIELDS:
-            span = spans[name]
-            low, high = math.floor(span.low), math.ceil(span.high)
-            values[name] = low if low == high else None
-            if low != high:
-                bounds[name] = (low, high)
-                point[name] = min(high, max(low, round(span.point)))
-        if self.still:
-            values["pages_volatile"] = None
-            bounds.pop("pages_volatile", None)
-            point.pop("pages_volatile", None)
+        values, bounds, point = told(spans, one_look=self.still)
         return Estimate(
             Prediction(
                 **values,
                 bounds=bounds,
-                processes=[self._process(n) for n in by_process.tolist()],
+                processes=[unknown_but_pages(n, self.pages.page_size) for n in by_process.tolist()],
                 breakdown=self._breakdown(spans["frames_freed"].point),
                 metadata_bytes=math.ceil(metadata.high),
             ),
@@ -638,18 +624,6 @@ class _Estimator:
             self.contents + int(np.count_nonzero(self.stock.counted[1:])),
             solved=True,
         )
-
-    def _process(self, pages: int) -> ProcessPrediction:
-        """Of one process nothing is told but how many pages it has."""
-        size = self.pages.page_size
-        return ProcessPrediction(
-            None, None, None, None,
-            {
-                "ksm_rmap_items": (0, pages),
-                "ksm_merging_pages": (0, pages),
-                "ksm_process_profit": (-pages * RMAP_ITEM_BYTES, pages * size),
-            },
-        )  # fmt: skip
 
     def _breakdown(self, freed: float) -> Breakdown:
         """Where the frames come from: all-zero pages by their number, the rest as in the sample."""

@@ -27,7 +27,7 @@ from dedup.model.merge import (
 from dedup.pages import FRAME_MASK, Flag
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from numpy.typing import NDArray
 
@@ -121,6 +121,46 @@ class Frames:
     def of(self, flags: np.uint64) -> Bool:
         """Those with any of these flags."""
         return np.asarray((self.word & flags) != 0)
+
+
+def told(
+    spans: Mapping[str, Span], *, one_look: bool
+) -> tuple[dict[str, int | None], dict[str, tuple[int, int]], dict[str, int]]:
+    """Values, bounds and points of a prediction's fields from what they may be.
+
+    Parameters
+    ----------
+    spans : mapping of str to Span
+        By field.
+    one_look : bool
+        Nobody knows what changes then.
+    """
+    values: dict[str, int | None] = {}
+    bounds, point = {}, {}
+    for name in FIELDS:
+        span = spans[name]
+        low, high = math.floor(span.low), math.ceil(span.high)
+        values[name] = low if low == high else None
+        if low != high:
+            bounds[name] = (low, high)
+            point[name] = min(high, max(low, round(span.point)))
+    if one_look:
+        values["pages_volatile"] = None
+        bounds.pop("pages_volatile", None)
+        point.pop("pages_volatile", None)
+    return values, bounds, point
+
+
+def unknown_but_pages(pages: int, page_size: int) -> ProcessPrediction:
+    """Of one process nothing is told but how many pages it has."""
+    return ProcessPrediction(
+        None, None, None, None,
+        {
+            "ksm_rmap_items": (0, pages),
+            "ksm_merging_pages": (0, pages),
+            "ksm_process_profit": (-pages * RMAP_ITEM_BYTES, pages * page_size),
+        },
+    )  # fmt: skip
 
 
 def distinct(pages: Pages, which: Bool) -> Frames:
@@ -433,24 +473,12 @@ class _Estimator:
         return self._result(spans, metadata, by_process)
 
     def _result(self, spans: dict[str, Span], metadata: Span, by_process: I64) -> Estimate:
-        values: dict[str, int | None] = {}
-        bounds, point = {}, {}
-        for name in FIELDS:
-            span = spans[name]
-            low, high = math.floor(span.low), math.ceil(span.high)
-            values[name] = low if low == high else None
-            if low != high:
-                bounds[name] = (low, high)
-                point[name] = min(high, max(low, round(span.point)))
-        if self.pages.looks == 1:
-            values["pages_volatile"] = None
-            bounds.pop("pages_volatile", None)
-            point.pop("pages_volatile", None)
+        values, bounds, point = told(spans, one_look=self.pages.looks == 1)
         return Estimate(
             Prediction(
                 **values,
                 bounds=bounds,
-                processes=[self._process(n) for n in by_process.tolist()],
+                processes=[unknown_but_pages(n, self.pages.page_size) for n in by_process.tolist()],
                 breakdown=self._breakdown(spans["frames_freed"].point),
                 metadata_bytes=math.ceil(metadata.high),
             ),
@@ -460,18 +488,6 @@ class _Estimator:
             len(self.count),
             self.unseen.solved,
         )
-
-    def _process(self, pages: int) -> ProcessPrediction:
-        """Of one process nothing is told but how many pages it has."""
-        size = self.pages.page_size
-        return ProcessPrediction(
-            None, None, None, None,
-            {
-                "ksm_rmap_items": (0, pages),
-                "ksm_merging_pages": (0, pages),
-                "ksm_process_profit": (-pages * RMAP_ITEM_BYTES, pages * size),
-            },
-        )  # fmt: skip
 
     def _breakdown(self, freed: float) -> Breakdown:
         """Where the frames come from: all-zero pages by their number, the rest as in the sample."""
