@@ -13,7 +13,7 @@ import numpy as np
 from dedup import sampling, scanning
 from dedup.errors import NoSuchProcess, NotPermitted, Refused, Usage
 from dedup.estimate import content
-from dedup.kernel import memory, numa, pagemap, processes
+from dedup.kernel import memory, pagemap, processes
 from dedup.pages import Flag
 from dedup.sampling import Sampled
 from dedup.sources.live import LiveSource, mark_outside
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from dedup.estimate.content import Stock
     from dedup.estimate.sampled import Present
     from dedup.kernel.pagemap import Sight
-    from dedup.model.merge import Rules
     from dedup.pages import U64, Groups, Pages
     from dedup.scanning import Plan, Scan
 
@@ -266,7 +265,10 @@ class _Sample:
         tunables = scanning.tunables()
         assumed = {**tunables, **plan.assumed}
         rules = scanning.rules_of(assumed)
-        self._refuse(pilot, rules)
+        sampling.refuse_nodes(rules, "leave out `--memory`, or give more")
+        sampling.refuse_pinned(
+            "leave out `--memory`, give more, or leave out that process", pinned=pilot.pinned
+        )
         rate = min(1.0, MARGIN * room / pilot.present / (pilot.rest + 1 / FRAMES_PART))
         told, seed = pilot.told, pilot.seed
         source, rate, first = self._first_look(told.counted, seed, rate, room)
@@ -311,21 +313,6 @@ class _Sample:
             memory_bytes=self.memory_bytes,
             frame_rate=stock.frame_rate,
         )
-
-    @staticmethod
-    def _refuse(pilot: _Pilot, rules: Rules) -> None:
-        if not rules.merge_across_nodes and numa.nodes() is not None:
-            raise Refused(
-                "with merge_across_nodes 0 a content is another one on each node, and a sample "
-                "can't tell how they are spread",
-                "leave out `--memory`, or give more",
-            )
-        if pilot.pinned:
-            raise Refused(
-                "a process has pinned memory (VmPin): which contents that blocks, a sample can't "
-                "tell",
-                "leave out `--memory`, give more, or leave out that process",
-            )
 
     def _first_look(
         self, counted: U64, seed: int, rate: float, room: int

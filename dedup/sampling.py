@@ -192,6 +192,25 @@ def interval_within(plan: Plan, seconds: float) -> float:
     return seconds * CAUTION / (plan.passes or LOOKS)
 
 
+def refuse_nodes(rules: Rules, hint: str) -> None:
+    """Raise `Refused` where contents of each NUMA node merge apart."""
+    if not rules.merge_across_nodes and numa.nodes() is not None:
+        raise Refused(
+            "with merge_across_nodes 0 a content is another one on each node, and a sample can't "
+            "tell how they are spread",
+            hint,
+        )
+
+
+def refuse_pinned(hint: str, *, pinned: bool) -> None:
+    """Raise `Refused` where a process has pinned memory."""
+    if pinned:
+        raise Refused(
+            "a process has pinned memory (VmPin): which contents that blocks, a sample can't tell",
+            hint,
+        )
+
+
 def sample_pids(
     pids: Sequence[int], rate: float, plan: Plan | None = None, within: float | None = None
 ) -> Sampled:
@@ -231,19 +250,11 @@ def sample_pids(
     tunables = scanning.tunables()
     assumed = {**tunables, **plan.assumed}
     rules = scanning.rules_of(assumed)
-    if not rules.merge_across_nodes and numa.nodes() is not None:
-        raise Refused(
-            "with merge_across_nodes 0 a content is another one on each node, and a sample can't "
-            "tell how they are spread",
-            "leave out `--sample` and `--within`",
-        )
+    refuse_nodes(rules, "leave out `--sample` and `--within`")
     source = LiveSource(list(pids), replace(plan.options, sample=rate))
     pages = source.first_look()
-    if any(p.pinned_bytes for p in pages.processes):
-        raise Refused(
-            "a process has pinned memory (VmPin): which contents that blocks, a sample can't tell",
-            "leave out `--sample` and `--within`, or that process",
-        )
+    pinned = any(p.pinned_bytes for p in pages.processes)
+    refuse_pinned("leave out `--sample` and `--within`, or that process", pinned=pinned)
     chosen = sampled.choose(pages, present_of(source), rate)
     full_scan = plan.full_scan_seconds or full_scan_of(chosen.present.pages, assumed)
     began = look_on(source, plan, begin, full_scan, within)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from dedup.errors import NotPermitted
+from dedup.kernel.processes import kilobytes
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -48,13 +49,13 @@ def read(handle: Handle) -> Footprint:
     status = handle.read("status")
     try:
         # Several processes may map the same shared memory: each takes its part of it.
-        shared = _kilobytes(b"Pss_Shmem", handle.read("smaps_rollup"))
+        shared = kilobytes(b"Pss_Shmem", handle.read("smaps_rollup"))
     except NotPermitted:
         shared = None
     return Footprint(
-        file_bytes=_kilobytes(b"RssFile", status) or 0,
-        shared_memory_bytes=_kilobytes(b"RssShmem", status) or 0 if shared is None else shared,
-        page_table_bytes=_kilobytes(b"VmPTE", status) or 0,
+        file_bytes=kilobytes(b"RssFile", status) or 0,
+        shared_memory_bytes=kilobytes(b"RssShmem", status) or 0 if shared is None else shared,
+        page_table_bytes=kilobytes(b"VmPTE", status) or 0,
     )
 
 
@@ -78,8 +79,3 @@ def kernel_bytes(cgroup: str, pids: Collection[int], root: Path = CGROUPS) -> in
     if not inside or not inside <= set(pids) or "kernel" not in found or folder == root:
         return None
     return max(0, int(found["kernel"]) - int(found.get("pagetables", 0)))
-
-
-def _kilobytes(name: bytes, text: bytes) -> int | None:
-    found = re.search(rb"^%s:\s+(\d+) kB" % name, text, re.MULTILINE)
-    return int(found[1]) * 1024 if found else None

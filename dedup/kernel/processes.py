@@ -209,10 +209,10 @@ def _parse(pid: int, stat: bytes, status: bytes, cgroup: bytes) -> Info:
         state=f[0].decode(),
         kernel_thread=bool(int(f[6]) & 0x00200000),
         reaped_faults=int(f[8]) + int(f[10]),
-        anonymous_bytes=_kilobytes(b"RssAnon", status),
-        pinned_bytes=_kilobytes(b"VmPin", status),
-        locked_bytes=_kilobytes(b"VmLck", status),
-        swapped_bytes=_kilobytes(b"VmSwap", status),
+        anonymous_bytes=kilobytes(b"RssAnon", status) or 0,
+        pinned_bytes=kilobytes(b"VmPin", status) or 0,
+        locked_bytes=kilobytes(b"VmLck", status) or 0,
+        swapped_bytes=kilobytes(b"VmSwap", status) or 0,
         cgroup=_cgroup_path(cgroup.decode(errors="surrogateescape")),
         tgid=int(tgid[1]) if tgid else pid,
         # start_code, start_stack, arg_start (proc_pid_stat(5)).
@@ -220,9 +220,10 @@ def _parse(pid: int, stat: bytes, status: bytes, cgroup: bytes) -> Info:
     )
 
 
-def _kilobytes(name: bytes, status: bytes) -> int:
-    found = re.search(rb"^%b:\s+(\d+)" % name, status, re.MULTILINE)
-    return int(found[1]) * 1024 if found else 0
+def kilobytes(name: bytes, text: bytes) -> int | None:
+    """Bytes of a field of status or smaps_rollup, None where it is not there."""
+    found = re.search(rb"^%b:\s+(\d+) kB" % name, text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
 
 
 def _cgroup_path(text: str) -> str:
