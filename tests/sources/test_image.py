@@ -210,6 +210,8 @@ class Guest:
         self._in: IO[bytes] = self.process.stdin
         self._out: IO[bytes] = self.process.stdout
         self._answer()
+        # The first prompt comes before the guest has memory; an answer only after it.
+        self.do("gpa2hva 0")
 
     def _answer(self) -> str:
         got = b""
