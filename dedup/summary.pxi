@@ -174,8 +174,9 @@ def sums(const uint64_t[::1] frames not None, const uint32_t[::1] order not None
             if frames[order[offsets[g]]] & skip:
                 some[g] = every[g] = frames[order[offsets[g]]] & ~FRAME_MASK
                 continue
-            rc = _sum_group(&frames[0], &order[offsets[g]], offsets[g + 1] - offsets[g], mask,
-                            value, limit, <uint32_t>(g + 1), &table, &some[g], &every[g], &of)
+            rc = _sum_group(&frames[0], &order[offsets[g]], offsets[g + 1] - offsets[g],
+                            offsets[groups] - offsets[g], mask, value, limit, <uint32_t>(g + 1),
+                            &table, &some[g], &every[g], &of)
             if rc < 0:
                 break
             into[0, g], into[1, g], into[2, g] = of.merged, of.nodes, of.room
@@ -186,14 +187,16 @@ def sums(const uint64_t[::1] frames not None, const uint32_t[::1] order not None
     return some_found, every_found, sums_found
 
 
-cdef int _sum_group(const uint64_t *frames, const uint32_t *order, int64_t n, uint64_t mask,
-                    uint64_t value, int64_t limit, uint32_t group, FrameTable *t, uint64_t *some,
-                    uint64_t *every, Sums *of) noexcept nogil:
+cdef int _sum_group(const uint64_t *frames, const uint32_t *order, int64_t n, int64_t rest,
+                    uint64_t mask, uint64_t value, int64_t limit, uint32_t group, FrameTable *t,
+                    uint64_t *some, uint64_t *every, Sums *of) noexcept nogil:
+    """Sum up `n` pages; `rest` entries of `order` lie from here on."""
     cdef uint64_t word, any_of = 0, all_of = ~<uint64_t>0
     cdef int64_t i, own = 0, own_merged = 0, own_outside = 0
     cdef FrameSlot *slot
     _begin_group(t, n)
     for i in range(n):
+        dedup_prefetch(&frames[order[min(i + AHEAD, rest - 1)]])   # copies lie far apart
         word = frames[order[i]]
         any_of |= word
         all_of &= word
@@ -388,9 +391,9 @@ def by_process(const uint64_t[::1] frames not None, const uint32_t[::1] order no
         for g in range(groups):
             if not which[g] or offsets[g] == offsets[g + 1]:
                 continue
-            rc = _share_group(&frames[0], &order[offsets[g]], offsets[g + 1] - offsets[g], mask,
-                              value, which[g] == 2, <uint32_t>(g + 1), &owners, &table, counts,
-                              &seen[0], &within[g])
+            rc = _share_group(&frames[0], &order[offsets[g]], offsets[g + 1] - offsets[g],
+                              offsets[groups] - offsets[g], mask, value, which[g] == 2,
+                              <uint32_t>(g + 1), &owners, &table, counts, &seen[0], &within[g])
             if rc < 0:
                 break
         free(table.slots)
@@ -399,15 +402,16 @@ def by_process(const uint64_t[::1] frames not None, const uint32_t[::1] order no
     return counts_found, within_found
 
 
-cdef int _share_group(const uint64_t *frames, const uint32_t *order, int64_t n, uint64_t mask,
-                      uint64_t value, bint left, uint32_t group, const Owners *owners,
-                      FrameTable *t, int64_t[:, ::1] counts, uint32_t *seen,
+cdef int _share_group(const uint64_t *frames, const uint32_t *order, int64_t n, int64_t rest,
+                      uint64_t mask, uint64_t value, bint left, uint32_t group,
+                      const Owners *owners, FrameTable *t, int64_t[:, ::1] counts, uint32_t *seen,
                       int64_t *within) noexcept nogil:
     cdef uint64_t word
     cdef int64_t i, p, last = -1, involved = 0, own = 0
     cdef int new
     _begin_group(t, n)
     for i in range(n):
+        dedup_prefetch(&frames[order[min(i + AHEAD, rest - 1)]])
         word = frames[order[i]]
         p = _owner(owners, order[i])
         counts[0, p] += 1
@@ -778,6 +782,7 @@ cdef int64_t _mark_blocks(const uint64_t[::1] frames, const uint32_t[::1] order,
         if not which[g]:
             continue
         for i in range(offsets[g], offsets[g + 1]):
+            dedup_prefetch(&frames[order[min(i + AHEAD, offsets[which.shape[0]] - 1)]])
             word = frames[order[i]]
             if (word & mask) != value:
                 continue
