@@ -5,6 +5,7 @@ Source: fs/proc/task_mmu.c, Documentation/filesystems/proc.rst.
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -48,12 +49,20 @@ SMAPS_BYTES: Final = 2048
 """Asked for by one call. A mapping whose text has no room left in the kernel's page for a call is
 shown anew by the next one, and its pages are walked a second time (fs/seq_file.c). Asked for so
 little, the kernel ends a call before that page is full."""
+_HEAD: Final = re.compile(rb"^([0-9a-f]+)-[0-9a-f]+ ", re.MULTILINE)
+"""The first line of a mapping: its first address."""
 _KNOWN: Final = 1024
 """Texts remembered: the same sizes, names and flags come again and again."""
 
 
-def read(handle: Handle) -> list[Mapping]:
+def read(handle: Handle, within: tuple[int, int] | None = None) -> list[Mapping]:
     """All mappings of a process, ascending by address.
+
+    Parameters
+    ----------
+    handle : Handle
+    within : pair of int, optional
+        First address and the one behind the last: only mappings that reach into it.
 
     Raises
     ------
@@ -61,11 +70,19 @@ def read(handle: Handle) -> list[Mapping]:
     Unsupported
         The kernel shows no VmFlags (it lacks CONFIG_PROC_PAGE_MONITOR).
     """
-    return parse(handle.read("smaps", SMAPS_BYTES))
+    if within is None:
+        return parse(handle.read("smaps", SMAPS_BYTES))
+
+    def enough(part: bytes) -> bool:
+        # A head cut in two looks like a lower address.
+        heads = _HEAD.findall(part)
+        return bool(heads) and int(heads[-1], 16) >= within[1]
+
+    return parse(handle.read("smaps", SMAPS_BYTES, enough), within)
 
 
-def parse(text: bytes) -> list[Mapping]:
-    """Mappings from the text of smaps.
+def parse(text: bytes, within: tuple[int, int] | None = None) -> list[Mapping]:
+    """Mappings from the text of smaps; `within` as of `read`.
 
     Raises
     ------
@@ -73,23 +90,27 @@ def parse(text: bytes) -> list[Mapping]:
         It has mappings without VmFlags.
     """
     mappings = []
+    low, high = within or (0, 1 << 64)
     head, *ends = text.split(_END)
     for end in ends:
         line, _, fields = head.partition(b"\n")
         where, perms, _, _, _, name = line.split(b" ", 5)
         first, _, last = where.partition(b"-")
         flags, _, head = end.partition(b"\n")
+        from_, to = int(first, 16), int(last, 16)
+        if to <= low or from_ >= high:
+            continue
         mappings.append(
             Mapping(
-                int(first, 16),
-                int(last, 16),
+                from_,
+                to,
                 _text(perms),
                 _text(name.lstrip(b" ")),
                 _flags(flags),
                 *_sizes(fields),
             )
         )
-    if text and not mappings:
+    if text and not ends:
         raise Unsupported("this kernel shows no VmFlags in /proc/PID/smaps", "")
     return mappings
 

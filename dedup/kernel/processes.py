@@ -21,7 +21,7 @@ from dedup.errors import NoMemory, NoSuchProcess, NotPermitted, OutputFailed, Pr
 from dedup.pages import ProcessId
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from types import TracebackType
 
 PROC: Final = Path("/proc")
@@ -121,7 +121,12 @@ class Handle:
         except OSError as e:
             raise self._error(e, name) from e
 
-    def read(self, name: str, at_a_time: int = 1 << 20) -> bytes:
+    def read(
+        self,
+        name: str,
+        at_a_time: int = 1 << 20,
+        enough: Callable[[bytes], bool] = lambda _: False,
+    ) -> bytes:
         """Read a file of the process whole.
 
         Parameters
@@ -130,6 +135,8 @@ class Handle:
             In its folder in /proc.
         at_a_time : int
             Bytes asked for by one call.
+        enough : callable, optional
+            Told of what each call brought; true: what follows it is not wanted.
 
         Raises
         ------
@@ -140,6 +147,8 @@ class Handle:
             parts = []
             while part := os.read(fd, at_a_time):
                 parts.append(part)
+                if enough(part):
+                    break
         except OSError as e:
             raise self._error(e, name) from e
         finally:

@@ -369,7 +369,12 @@ class LiveSource:
                 )
         counters = ksm_interface.process_counters(handle)
         whole = self.options.scope == "compatible" and handle.pid not in self.options.marked
-        found = mappings.of(handle, counters, self.sight, countable=whole)
+        within = (
+            (self.spans[0].start, max(s.start + s.length for s in self.spans))
+            if self.spans
+            else None
+        )
+        found = mappings.of(handle, counters, self.sight, countable=whole, within=within)
         advised = any("mg" in m.vm_flags for m in found)
         # A fork or a running ksmd between pagemap and read would cost the target its sharing:
         # no fast path where either is likely.

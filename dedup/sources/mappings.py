@@ -18,6 +18,7 @@ With a mapping of another kind, or many huge pages, it is smaps.
 from __future__ import annotations
 
 import os
+import re
 import stat
 from typing import TYPE_CHECKING, Final
 
@@ -59,13 +60,19 @@ KERNELS_OWN: Final = {
 }
 WITHOUT_PAGES: Final = frozenset({"[vvar]", "[vvar_vclock]", "[vsyscall]"})
 """What lies there is no page of its own to smaps."""
+_PLAIN: Final = re.compile(
+    rb"^([0-9a-f]+)-([0-9a-f]+) (?!---)...p [0-9a-f]+ 00:00 0 *(?:\[(?:heap|anon:.*)\])?$",
+    re.MULTILINE,
+)
+"""A private anonymous mapping with access in /proc/PID/maps: where it begins and ends."""
 SHARED_MEMORY: Final = b"/dev/zero (deleted)"
 """Shared anonymous memory: on a tmpfs that is mounted nowhere."""
 
 
 def of(
-    handle: Handle, counters: ProcessCounters | None, sight: Sight, *, countable: bool
-) -> list[maps.Mapping]:
+    handle: Handle, counters: ProcessCounters | None, sight: Sight, *, countable: bool,
+    within: tuple[int, int] | None = None,
+) -> list[maps.Mapping]:  # fmt: skip
     """All mappings of a process, ascending by address.
 
     Parameters
@@ -77,6 +84,8 @@ def of(
     countable : bool
         Whether the caller counts the pages of mappings whose sizes are not told here
         (`Mapping.counted` False).
+    within : pair of int, optional
+        First address and the one behind the last: only mappings that reach into it.
 
     Raises
     ------
@@ -88,12 +97,12 @@ def of(
     visible = sight.kpageflags and sight.pagemap_scan and not sight.every_folio
     if countable and visible and _quiet(handle, counters):
         try:
-            found = _without_smaps(handle, sight)
+            found = _without_smaps(handle, sight, within)
         except (OSError, NotPermitted):
             found = None  # smaps, which is asked for next, tells what is wrong
         if found is not None:
             return found
-    return maps.read(handle)
+    return maps.read(handle, within)
 
 
 def _quiet(handle: Handle, counters: ProcessCounters | None) -> bool:
@@ -111,12 +120,38 @@ def _quiet(handle: Handle, counters: ProcessCounters | None) -> bool:
     )
 
 
-def _without_smaps(handle: Handle, sight: Sight) -> list[maps.Mapping] | None:
+def _without_smaps(
+    handle: Handle, sight: Sight, within: tuple[int, int] | None
+) -> list[maps.Mapping] | None:
     """The mappings by /proc/PID/maps and pagemap; None where that does not tell enough."""
+    text = handle.read("maps")
+    fd = handle.open("pagemap")
+    try:
+        # At once, since it is what mostly decides: most of it will be huge pages, too.
+        if _begins_huge(fd, *_largest(text, within), sight):
+            return None
+        return _listed(handle, fd, text, sight, within)
+    finally:
+        os.close(fd)
+
+
+def _largest(text: bytes, within: tuple[int, int] | None) -> tuple[int, int]:
+    """Start and end of the largest private anonymous mapping; (0, 0) for none."""
+    low, high = within or (0, 1 << 64)
+    spans = ((int(a, 16), int(b, 16)) for a, b in _PLAIN.findall(text))
+    inside = ((max(a, low), min(b, high)) for a, b in spans)
+    return max(inside, key=lambda span: span[1] - span[0], default=(0, 0))
+
+
+def _listed(
+    handle: Handle, fd: int, text: bytes, sight: Sight, within: tuple[int, int] | None
+) -> list[maps.Mapping] | None:
+    """The mappings in the text of maps; None where they can't be known so."""
     # Not splitlines: the kernel writes \012 for a line break in a name, and \r as it is.
-    lines = handle.read("maps").split(b"\n")[:-1]
+    lines = text.split(b"\n")[:-1]
     if len(lines) > MOST_MAPPINGS:
         return None
+    low, high = within or (0, 1 << 64)
     nothing = frozenset[str]()
     found: list[maps.Mapping] = []
     plain: list[int] = []
@@ -124,11 +159,13 @@ def _without_smaps(handle: Handle, sight: Sight) -> list[maps.Mapping] | None:
     bare: list[int] = []
     """Those that might be droppable: private and anonymous."""
     rest: list[tuple[int, bytes, bytes, bytes, bytes, bytes]] = []
-    for i, line in enumerate(lines):
+    for line in lines:
         where, perms, _, device, inode, name = line.split(b" ", 5)
-        name = name.lstrip(b" ")
         first, _, last = where.partition(b"-")
         start, end = int(first, 16), int(last, 16)
+        if end <= low or start >= high:
+            continue
+        name, i = name.lstrip(b" "), len(found)
         found.append(maps.mapping(start, end, perms, name, nothing))
         if inode != b"0" or not perms.endswith(b"p") or not _is_anonymous(name):
             rest.append((i, where, perms, device, inode, name))
@@ -139,35 +176,28 @@ def _without_smaps(handle: Handle, sight: Sight) -> list[maps.Mapping] | None:
     sizes = sum(found[i].end - found[i].start for i in plain)
     if not plain or sizes * DENSE > handle.info.anonymous_bytes:
         return None
-    fd = handle.open("pagemap")
-    try:
-        largest = max((found[i] for i in plain), key=lambda m: m.end - m.start)
-        if _begins_huge(fd, largest, sight):
-            return None  # most of it will be
-        file_systems = mounts.file_systems(handle)
-        regular: set[tuple[bytes, ...]] = set()
-        for i, where, perms, device, inode, name in rest:
-            flags = _flags(handle, where, perms, device, inode, name, file_systems, regular)
-            if flags is None:
-                return None
-            if flags:
-                found[i] = found[i]._replace(vm_flags=flags)
-        huge = _huge_if_kept(fd, [found[i] for i in bare], sight)
-        if huge is None:
+    file_systems = mounts.file_systems(handle)
+    regular: set[tuple[bytes, ...]] = set()
+    for i, where, perms, device, inode, name in rest:
+        flags = _flags(handle, where, perms, device, inode, name, file_systems, regular)
+        if flags is None:
             return None
-        with_huge = {i for i, has in zip(bare, huge, strict=True) if has}
-        if sum(found[i].end - found[i].start for i in with_huge) > TWICE_MOST * sizes:
-            return None
-        for i in plain:
-            m = found[i]
-            size = m.end - m.start
-            if i not in with_huge:
-                found[i] = m._replace(anonymous_bytes=size, resident_bytes=size, counted=False)
-        found = _counted(fd, found)
-        huge_bytes = sum(m.anon_huge_bytes for m in found)
-        return found if huge_bytes <= HUGE_MOST * sizes else None
-    finally:
-        os.close(fd)
+        if flags:
+            found[i] = found[i]._replace(vm_flags=flags)
+    huge = _huge_if_kept(fd, [found[i] for i in bare], sight)
+    if huge is None:
+        return None
+    with_huge = {i for i, has in zip(bare, huge, strict=True) if has}
+    if sum(found[i].end - found[i].start for i in with_huge) > TWICE_MOST * sizes:
+        return None
+    for i in plain:
+        m = found[i]
+        size = m.end - m.start
+        if i not in with_huge:
+            found[i] = m._replace(anonymous_bytes=size, resident_bytes=size, counted=False)
+    found = _counted(fd, found)
+    huge_bytes = sum(m.anon_huge_bytes for m in found)
+    return found if huge_bytes <= HUGE_MOST * sizes else None
 
 
 def _is_anonymous(name: bytes) -> bool:
@@ -210,13 +240,13 @@ def _opened_for_writing(handle: Handle, where: bytes) -> bool:
     return bool(link.st_mode & stat.S_IWUSR)
 
 
-def _begins_huge(fd: int, m: maps.Mapping, sight: Sight) -> bool:
-    """Whether the first huge page's worth of a mapping, at a multiple of it, is mapped as one."""
+def _begins_huge(fd: int, start: int, end: int, sight: Sight) -> bool:
+    """Whether the first huge page's worth of a span, at a multiple of it, is mapped as one."""
     if not sight.huge_bytes:
         return False
-    start = -(-m.start // sight.huge_bytes) * sight.huge_bytes
-    end = start + sight.page_size
-    return end <= m.end and bool(np.any(pagemap.present_ranges(fd, start, end)[:, 2]))
+    start = -(-start // sight.huge_bytes) * sight.huge_bytes
+    one = start + sight.page_size
+    return one <= end and bool(np.any(pagemap.present_ranges(fd, start, one)[:, 2]))
 
 
 def _huge_if_kept(fd: int, some: Sequence[maps.Mapping], sight: Sight) -> Bool | None:
