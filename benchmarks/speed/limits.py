@@ -149,15 +149,13 @@ def exclusive(
     """Another process's own memory: beside `process_vm_readv`, and beside what people write."""
     with process(size, pages) as (pid, start):
         contenders: dict[str, Callable[[], Took]] = {}
+        # What the scan reads, not its largest part alone.
+        some = peers.chunks(*scans.spans_of(pid))
         for t in threads:
             contenders[f"scan {t}"] = partial(_pass, pid, t)
             if limits:
-                contenders[f"readv {t}"] = partial(
-                    _timed, partial(peers.readv, pid, start, size, t)
-                )
-                contenders[f"mem {t}"] = partial(
-                    _timed, partial(peers.proc_mem, pid, start, size, t)
-                )
+                contenders[f"readv {t}"] = partial(_timed, partial(peers.readv, pid, some, t))
+                contenders[f"mem {t}"] = partial(_timed, partial(peers.proc_mem, pid, some, t))
         if python:
             part = size // SHA1_PART // peers.PYTHON_READ * peers.PYTHON_READ
             contenders["xxhash"] = partial(_timed, partial(peers.plain_python, pid, start, size))
@@ -205,13 +203,12 @@ def shared(size: int, pages: str, threads: Sequence[int], rounds: int) -> list[R
     if pages == "small":  # merging splits huge pages
         kinds["/proc/PID/mem, KSM pages"] = _merged
     for peer, memory in kinds.items():
-        with memory(size, pages) as (pid, start):
+        with memory(size, pages) as (pid, _):
             contenders: dict[str, Callable[[], Took]] = {}
+            some = peers.chunks(*scans.spans_of(pid))
             for t in threads:
                 contenders[f"scan {t}"] = partial(_pass, pid, t)
-                contenders[f"mem {t}"] = partial(
-                    _timed, partial(peers.proc_mem, pid, start, size, t)
-                )
+                contenders[f"mem {t}"] = partial(_timed, partial(peers.proc_mem, pid, some, t))
             taken = interleaved(contenders, rounds)
         rows += [_ratio(taken, f"scan {t}", f"mem {t}", peer, pages, t, size) for t in threads]
     return rows

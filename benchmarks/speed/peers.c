@@ -14,12 +14,19 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { CHUNK = 2 << 20, MAX_THREADS = 256 };
+enum { CHUNK = 2 << 20, SPANS = 512, MAX_THREADS = 256 };
 enum { READV = 0, MEM = 1, SUM = 2, COPY = 3 };
 
+struct span {
+    uint64_t start, length;
+};
+
+/* Spans first[i] to first[i + 1] are chunk i: CHUNK bytes and SPANS spans at the most. */
 struct work {
     int what, pid, fd;
-    uint64_t start, size;
+    const struct span *spans;
+    const uint64_t *first;
+    uint64_t chunks;
     uint8_t *to;
     uint64_t to_size;
     uint64_t next;
@@ -40,28 +47,47 @@ static uint64_t sum_of(const uint64_t *words, size_t count)
     return sum;
 }
 
+/* The bytes of a chunk that it came by; -1 with errno. */
+static ssize_t read_chunk(const struct work *w, const struct span *some, uint64_t count,
+                          uint64_t length, uint8_t *buffer)
+{
+    if (w->what == READV) {
+        struct iovec local = {buffer, length}, remote[SPANS];
+        for (uint64_t i = 0; i < count; i++)
+            remote[i] = (struct iovec){(void *)(uintptr_t)some[i].start, some[i].length};
+        return process_vm_readv(w->pid, &local, 1, remote, count, 0);
+    }
+    ssize_t done = 0;
+    for (uint64_t i = 0; i < count; i++) {
+        ssize_t got = pread(w->fd, buffer + done, some[i].length, (off_t)some[i].start);
+        if (got < 0)
+            return -1;
+        done += got;
+    }
+    return done;
+}
+
 static void *run(void *argument)
 {
     struct worker *me = argument;
     struct work *w = me->work;
     uint64_t sum = 0;
     for (;;) {
-        uint64_t at = __atomic_fetch_add(&w->next, CHUNK, __ATOMIC_RELAXED);
-        if (at >= w->size)
+        uint64_t at = __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED);
+        if (at >= w->chunks)
             break;
-        uint64_t length = w->size - at < CHUNK ? w->size - at : CHUNK;
-        uint8_t *from = (uint8_t *)(uintptr_t)(w->start + at);
+        const struct span *some = w->spans + w->first[at];
+        uint64_t count = w->first[at + 1] - w->first[at], length = 0;
+        for (uint64_t i = 0; i < count; i++)
+            length += some[i].length;
         ssize_t got = (ssize_t)length;
-        if (w->what == READV) {
-            struct iovec local = {me->buffer, length}, remote = {from, length};
-            got = process_vm_readv(w->pid, &local, 1, &remote, 1, 0);
-        } else if (w->what == MEM) {
-            got = pread(w->fd, me->buffer, length, (off_t)(w->start + at));
-        } else if (w->what == SUM) {
-            sum += sum_of((const uint64_t *)from, length / 8);
-        } else {
-            memcpy(w->to + at % w->to_size, from, length);
-        }
+        if (w->what == READV || w->what == MEM)
+            got = read_chunk(w, some, count, length, me->buffer);
+        for (uint64_t i = 0; i < count && w->what == SUM; i++)
+            sum += sum_of((const uint64_t *)(uintptr_t)some[i].start, some[i].length / 8);
+        for (uint64_t i = 0; i < count && w->what == COPY; i++)
+            memcpy(w->to + some[i].start % w->to_size / CHUNK * CHUNK,
+                   (const uint8_t *)(uintptr_t)some[i].start, some[i].length);
         if (got != (ssize_t)length) {
             __atomic_store_n(&w->failed, got < 0 ? errno : EIO, __ATOMIC_RELAXED);
             break;
@@ -72,10 +98,10 @@ static void *run(void *argument)
 }
 
 /* Seconds that it took, or an errno below zero. */
-double peer(int what, int pid, int fd, uint64_t start, uint64_t size, int threads, uint8_t *to,
-            uint64_t to_size)
+double peer(int what, int pid, int fd, const struct span *spans, const uint64_t *first,
+            uint64_t chunks, int threads, uint8_t *to, uint64_t to_size)
 {
-    struct work work = {what, pid, fd, start, size, to, to_size, 0, 0, 0};
+    struct work work = {what, pid, fd, spans, first, chunks, to, to_size, 0, 0, 0};
     struct worker workers[MAX_THREADS];
     pthread_t ids[MAX_THREADS];
     struct timespec begin, end;

@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from dedup import scanning
 from dedup.scanning import Plan
 from dedup.sources.live import LiveSource, Options, Span
@@ -14,7 +16,7 @@ from dedup.sources.live import LiveSource, Options, Span
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dedup.pages import Bool, Pages
+    from dedup.pages import I64, Bool, Pages
 
 
 class Timed(LiveSource):
@@ -61,6 +63,14 @@ def one_pass(pids: Sequence[int], threads: int = 0, span: Span | None = None) ->
     scan = scanning._run(source, Plan(source.options, passes=1))
     seconds = time.perf_counter() - begin
     return Took(seconds, source.look_seconds, scan.scanned_pages, scan.tally.threads)
+
+
+def spans_of(pid: int) -> tuple[I64, I64]:
+    """What a scan of a process reads: start and bytes of each span."""
+    pages = scanning._run(LiveSource([pid]), Plan(passes=1)).pages
+    size = pages.run_count * pages.page_size
+    begins = np.flatnonzero(np.append(True, pages.run_start[1:] != (pages.run_start + size)[:-1]))
+    return pages.run_start[begins], np.add.reduceat(size, begins)
 
 
 def two_looks(pid: int, threads: int, *, partial_passes: bool) -> tuple[float, float]:
