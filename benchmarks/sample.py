@@ -10,13 +10,14 @@
   of those pages, with the flags and frames that they have, against the model on all of them.
 * ``--time``: real memory of a size, full scan and sample in turn, from the first page to the
   prediction, two looks each with no time between them (or ``--passes``); a sample's time has
-  scipy's import in it, for each is a fresh process.
+  the import of what estimates in it, for each is a fresh process.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -284,6 +285,8 @@ def timed(
                 done = subprocess.run(
                     [sys.executable, "-c", TIMED, str(pid), str(rate), str(passes)],
                     check=True, capture_output=True, text=True,
+                    # As the command has it.
+                    env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
                 )  # fmt: skip
                 took, point, span, read = json.loads(done.stdout)
                 if not rate:

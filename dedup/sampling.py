@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import platform
-import threading
 import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
@@ -35,8 +34,8 @@ if TYPE_CHECKING:
 
 OVERHEAD_SECONDS: Final = 0.5
 """Of the time allowed, for all that is not reading: start, measurement, model."""
-ESTIMATE_SECONDS: Final = 0.5
-"""Of a sample, besides: scipy's import and the estimate."""
+ESTIMATE_SECONDS: Final = 0.25
+"""Of a sample, besides: the import of scipy and highspy, and the estimate."""
 CAUTION: Final = 0.75
 """Of the time allowed, for a machine that is busier than it was a moment ago."""
 LOOKS: Final = 2
@@ -122,9 +121,9 @@ def require() -> None:
     Raises
     ------
     Unsupported
-        scipy is not installed.
+        scipy or highspy is not installed.
     """
-    if importlib.util.find_spec("scipy") is None:
+    if any(importlib.util.find_spec(name) is None for name in unseen.NEEDED):
         unseen.require()
 
 
@@ -232,7 +231,7 @@ def sample_pids(
     Refused
         No honest estimate can be made.
     Unsupported
-        scipy is missing.
+        scipy or highspy is missing.
     """
     plan = plan or scanning.Plan()
     check(rate)
@@ -245,13 +244,13 @@ def sample_pids(
         )
     require()
     begin = time.monotonic()
-    # Its import takes half a second: beside the reading, then.
-    threading.Thread(target=unseen.require, daemon=True).start()
     tunables = scanning.tunables()
     assumed = {**tunables, **plan.assumed}
     rules = scanning.rules_of(assumed)
     refuse_nodes(rules, "leave out `--sample` and `--within`")
-    source = LiveSource(list(pids), replace(plan.options, sample=rate))
+    # What is imported takes a fifth of a second: beside the reading, then.
+    options = replace(plan.options, sample=rate, meanwhile=unseen.require)
+    source = LiveSource(list(pids), options)
     pages = source.first_look()
     pinned = any(p.pinned_bytes for p in pages.processes)
     refuse_pinned("leave out `--sample` and `--within`, or that process", pinned=pinned)

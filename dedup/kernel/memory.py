@@ -265,6 +265,7 @@ def look(
     content: Content | None = None,
     *,
     ksmd_rests: bool = False,
+    meanwhile: Callable[[], None] | None = None,
 ) -> Look:
     """Read, test and hash the present anonymous pages of some targets.
 
@@ -278,6 +279,7 @@ def look(
 
     But for samples, a frame that several of the targets share since a fork is read once, and so is
     a KSM page where `ksmd_rests`: a running ksmd might make another page of a frame meanwhile.
+    While threads read, `meanwhile` is called, once at the most.
 
     Raises
     ------
@@ -337,7 +339,8 @@ def look(
         )
         total = sum(int((t.ranges.end - t.ranges.start).sum()) for t in targets) // sight.page_size
         while True:
-            _run_threads(job, threads, total, progress)
+            _run_threads(job, threads, total, progress, meanwhile)
+            meanwhile = None
             store.used = job.used
             if not job.overflowed:
                 break
@@ -435,7 +438,11 @@ def _prior_arrays(prior: Prior, targets: int) -> tuple[I64, I64, I64, I64]:
 
 
 def _run_threads(
-    job: _core.Job, threads: int, total: int, progress: Callable[[int, int], None] | None
+    job: _core.Job,
+    threads: int,
+    total: int,
+    progress: Callable[[int, int], None] | None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> None:
     """Run the job in threads; the caller's thread only watches, so that Ctrl-C is heard."""
     failures: list[BaseException] = []
@@ -453,6 +460,8 @@ def _run_threads(
     try:
         for w in workers:
             w.start()
+        if meanwhile is not None:
+            meanwhile()
         shown = time.monotonic()
         for w in workers:
             while w.is_alive():

@@ -61,6 +61,8 @@ class Options:
     """Of a sample by content, what the first look keeps besides `sample`, of all that it reads."""
     progress: Callable[[str, int, int], None] | None = None
     """Called with what is under way, done and total."""
+    meanwhile: Callable[[], None] | None = None
+    """Called while the first look reads, if it does in threads."""
 
 
 @dataclass(slots=True)
@@ -337,6 +339,7 @@ class LiveSource:
             self._only,
             content,
             ksmd_rests=not merging,
+            meanwhile=self.options.meanwhile if first else None,
         )
         self._tell_sizes(*found.present)
         if first and content is not None:

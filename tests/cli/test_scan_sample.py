@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 pytest.importorskip("scipy")
+pytest.importorskip("highspy")
 
 TARGET = """
 import mmap, os, random, sys

@@ -16,6 +16,7 @@ from dedup.model.merge import FIELDS, Prediction, Rules
 from dedup.pages import Flag, Pages, Process, ProcessId, Region
 
 pytest.importorskip("scipy")
+pytest.importorskip("highspy")
 PAGE = 4096
 HUGE = 512
 

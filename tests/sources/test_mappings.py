@@ -271,3 +271,23 @@ def test_every_process_of_this_host() -> None:
             checked += 1
             assert [told(m) for m in found] == [told(m) for m in after]
     assert checked
+
+
+@pytest.mark.parametrize("countable", [True, False])
+def test_only_what_reaches_into_a_span(target: Target, *, countable: bool) -> None:
+    """The same mappings as of the whole, by either way."""
+    with at_rest([target.pid]), processes.Handle(target.pid) as handle:
+        counters, sight = ksm.process_counters(handle), pagemap.sight()
+        every = mappings.of(handle, counters, sight, countable=countable)
+        main = max(every, key=lambda m: m.anonymous_bytes)
+        first, last = every[1], every[-2]
+        for low, high in (
+            (main.start + PAGE, main.end - PAGE), (first.start, first.start + 1),
+            (main.start, main.end + 1), (first.end, last.start), (last.end - 1, 1 << 63),
+        ):  # fmt: skip
+            wanted = [m for m in every if m.end > low and m.start < high]
+            found = mappings.of(handle, counters, sight, countable=countable, within=(low, high))
+            assert [told(m) for m in found] == [told(m) for m in wanted]
+            for one, other in zip(found, wanted, strict=True):
+                # Of little memory smaps is asked, which counts everything.
+                assert one.counted != other.counted or sizes(one) == sizes(other)

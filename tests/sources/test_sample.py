@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 import time
 from dataclasses import replace
 
@@ -60,6 +61,25 @@ def test_part_of_the_pages_with_their_hashes(target: Target) -> None:
     assert read == len(some)
     assert sample.tally.bytes_read == read * pages_of(sample).page_size
     assert not whole.counts[0].any()
+
+
+def test_what_is_done_meanwhile(target: Target) -> None:
+    """Once, by the thread that asked, and what it raises ends the look."""
+    unique(target, "a", 2_000)
+    called = []
+    options = Options(
+        sample=RATE, threads=2, meanwhile=lambda: called.append(threading.current_thread())
+    )
+    source = LiveSource([target.pid], options)
+    source.first_look()
+    source.look_again()
+    assert called == [threading.current_thread()]
+
+    def fail() -> None:
+        raise RuntimeError("meanwhile")
+
+    with pytest.raises(RuntimeError, match="meanwhile"):
+        LiveSource([target.pid], replace(options, meanwhile=fail)).first_look()
 
 
 @pytest.mark.root
