@@ -20,9 +20,9 @@ ROOT: Final = Path("/sys/kernel/mm/ksm")
 
 PAGE_BYTES: Final = os.sysconf("SC_PAGESIZE")
 RMAP_ITEM_BYTES: Final = 64
+"""Of struct ksm_rmap_item on 64-bit kernels."""
 SYSFS_BYTES: Final = 4096
 """The most that a file there holds: a page."""
-"""Of struct ksm_rmap_item on 64-bit kernels."""
 
 RUN_STOP: Final = 0
 RUN_MERGE: Final = 1
