@@ -293,7 +293,13 @@ def sample_pids(
 def look_on(
     source: LiveSource, plan: Plan, begin: float, full_scan: float, within: float | None = None
 ) -> list[float]:
-    """Look again at a sample, as often as is wanted; when each look began."""
+    """Look again at a sample, as often as is wanted; when each look began.
+
+    Raises
+    ------
+    ProcessGone
+        All processes have ended.
+    """
     began = [begin]
     interval = plan.interval_seconds
     if interval is None:
@@ -307,6 +313,7 @@ def look_on(
         wait_until(began[-1] + interval, plan.options.progress)
         began.append(time.monotonic())
         source.look_again()
+        source.require_any()
     return began
 
 

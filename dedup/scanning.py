@@ -344,6 +344,7 @@ class _Looking:
             load = self._load(pages, self.alone[0])
             self.full_scan = self._full_scan(load)
             extrapolated = self._look_on(pages, load)
+            self.source.require_any()
         drifts = None
         if len(self.began) > 1 and not self.source.lost_any and self.only is None:
             # What the result is made of, before more looks are taken.

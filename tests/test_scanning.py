@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
+from dedup import sampling
+from dedup.errors import ProcessGone
 from dedup.kernel.ksm import Ksm
 from dedup.scanning import Plan, scan_pids
+from dedup.sources.live import Options
 from tests.kernel_fixtures import KsmControl, Target
 
 PAGES = 400
@@ -57,6 +61,29 @@ def test_looks_that_were_asked_for(target: Target, passes: int) -> None:
     assert all(0.19 < gap < 3 for gap in gaps)
     assert found.interval_seconds == max(gaps, default=0.0)
     assert (found.drifting is None) == (passes == 1)
+
+
+@pytest.mark.parametrize("how", ["whole", "partial", "sample"])
+def test_where_all_processes_end_nothing_is_foretold(how: str) -> None:
+    with Target() as one, Target() as other:
+        for target in (one, other):
+            target.do("map", name="a", pages=12_000)
+            target.do("fill", name="a", at=0, count=12_000, what="unique")
+
+        def end_all(what: str, _done: int, _total: int) -> None:
+            if what == "waiting":
+                one.kill()
+                other.kill()
+
+        plan = Plan(
+            options=Options(progress=end_all), passes=3, interval_seconds=0.3,
+            partial_passes=how == "partial",
+        )  # fmt: skip
+        with pytest.raises(ProcessGone, match="all 2 processes ended during the scan"):
+            if how == "sample":
+                sampling.sample_pids([one.pid, other.pid], 0.25, replace(plan, passes=2))
+            else:
+                scan_pids([one.pid, other.pid], plan)
 
 
 def test_memory_that_grows_alike_is_drifting() -> None:

@@ -132,6 +132,14 @@ class LiveSource:
         """Processes (indices) that ended since the first look."""
         return frozenset(self._ended)
 
+    def require_any(self) -> None:
+        """Raise `ProcessGone` where nothing is left: all processes ended since the first look."""
+        if self.pages is not None and self._ended and len(self._ended) == len(self.pages.processes):
+            raise ProcessGone(
+                f"all {len(self._ended)} processes ended during the scan",
+                "choose processes that go on, or look once: `--passes 1`",
+            )
+
     def first_look(self) -> Pages:
         """Look for the first time.
 
@@ -200,7 +208,7 @@ class LiveSource:
         Raises
         ------
         ProcessGone
-            All processes have ended.
+            The only process chosen has ended.
         """
         pages = self.pages
         if pages is None or self._store is None:
