@@ -46,20 +46,36 @@ cdef extern from *:
     #define PR_GET_MEMORY_MERGE 68
     #endif
 
-    /* 32 words at a time, which compilers turn into vector instructions; aligned loads alone,
-     * other than those of memcmp(p, p + 8). */
-    static inline int dedup_repeats(const uint64_t *word, size_t words)
-    {
-        const uint64_t first = word[0];
-        for (size_t i = 0; i < words; i += 32) {
-            uint64_t differs = 0;
-            for (size_t k = 0; k < 32; k++)
-                differs |= word[i + k] ^ first;
-            if (differs)
-                return 0;
+    /* 32 words at a time, which compilers turn into vector instructions, those of this processor
+     * (hashing a page takes not much longer); aligned loads alone, other than those of
+     * memcmp(p, p + 8). */
+    #define DEDUP_REPEATS(name) \\
+        static int name(const uint64_t *word, size_t words) \\
+        { \\
+            const uint64_t first = word[0]; \\
+            for (size_t i = 0; i < words; i += 32) { \\
+                uint64_t differs = 0; \\
+                for (size_t k = 0; k < 32; k++) \\
+                    differs |= word[i + k] ^ first; \\
+                if (differs) \\
+                    return 0; \\
+            } \\
+            return 1; \\
         }
-        return 1;
+    DEDUP_REPEATS(dedup_repeats_plain)
+    static int (*dedup_repeats)(const uint64_t *word, size_t words) = dedup_repeats_plain;
+    #if defined(__x86_64__)
+    __attribute__((target("avx2"))) DEDUP_REPEATS(dedup_repeats_avx2)
+    __attribute__((target("avx512f"))) DEDUP_REPEATS(dedup_repeats_avx512)
+    __attribute__((constructor)) static void dedup_choose(void)
+    {
+        __builtin_cpu_init();
+        if (__builtin_cpu_supports("avx512f"))
+            dedup_repeats = dedup_repeats_avx512;
+        else if (__builtin_cpu_supports("avx2"))
+            dedup_repeats = dedup_repeats_avx2;
     }
+    #endif
 
     static inline int64_t dedup_fetch_add(int64_t *p, int64_t v)
     { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }

@@ -4,7 +4,7 @@ Each round runs every contender once, in turn, so that a machine whose speed dri
 what is printed are medians of the rounds' ratios, with the least and the greatest one. The scan is
 one pass with all that a real one does (see scans.py), its peers are
 
-* exclusive: `process_vm_readv` alone, on the same threads;
+* exclusive: `process_vm_readv` alone, on the same threads, of all that the scan reads;
 * shared: reading /proc/PID/mem alone, on the same threads, of memory shared with a forked child,
   and of memory that ksmd has merged;
 * own: a read-only sum over our own memory, and memcpy;
