@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import statistics
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -47,10 +49,11 @@ def test_cpu_time_of_schedstat_and_without(tmp_path: Path) -> None:
 def test_the_tick_is_that_of_the_kernel() -> None:
     tick = ksmd.tick_seconds()
     assert round(1 / tick) in {100, 250, 300, 1000}
-    times = {time.clock_gettime_ns(6) for _ in range(200_000)}
-    steps = [b - a for a, b in zip(sorted(times), sorted(times)[1:], strict=False)]
-    assert steps, "the coarse clock stands still"
-    assert min(steps) == pytest.approx(tick * 1e9, rel=0.1)
+    times = sorted({time.clock_gettime_ns(6) for _ in range(1_000_000)})
+    # A late tick makes one step longer, and the kernel's setting of the clock another shorter.
+    steps = [round((b - a) / tick / 1e9, 1) for a, b in pairwise(times)]
+    assert len(steps) >= 5, "the coarse clock stands still"
+    assert statistics.mode(steps) == 1
 
 
 @pytest.mark.parametrize(
