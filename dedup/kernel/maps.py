@@ -49,8 +49,9 @@ SMAPS_BYTES: Final = 2048
 """Asked for by one call. A mapping whose text has no room left in the kernel's page for a call is
 shown anew by the next one, and its pages are walked a second time (fs/seq_file.c). Asked for so
 little, the kernel ends a call before that page is full."""
-_HEAD: Final = re.compile(rb"^([0-9a-f]+)-[0-9a-f]+ ", re.MULTILINE)
-"""The first line of a mapping: its first address."""
+_HEAD: Final = re.compile(rb"\n([0-9a-f]+)-[0-9a-f]+ ")
+"""The first line of a mapping, behind another one's: its first address. What a call begins with
+may be the rest of anything, of a name as well."""
 _KNOWN: Final = 1024
 """Texts remembered: the same sizes, names and flags come again and again."""
 
@@ -74,7 +75,7 @@ def read(handle: Handle, within: tuple[int, int] | None = None) -> list[Mapping]
         return parse(handle.read("smaps", SMAPS_BYTES))
 
     def enough(part: bytes) -> bool:
-        # A head cut in two looks like a lower address.
+        # A head that is cut in two is missed; the next one serves.
         heads = _HEAD.findall(part)
         return bool(heads) and int(heads[-1], 16) >= within[1]
 

@@ -45,6 +45,22 @@ def test_flags_and_sizes() -> None:
         assert mine[0].end - mine[0].start == 64 * mmap.PAGESIZE
 
 
+def test_name_that_looks_like_a_head() -> None:
+    """Where a call begins in the midst of one, mappings behind it are read on."""
+    part = "f" * 200 + "-f r"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, *[part] * 18)
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"x" * mmap.PAGESIZE)
+        with path.open("rb") as f, Handle(os.getpid()) as handle:
+            several = [mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ) for _ in range(8)]
+            stack = next(m for m in maps.read(handle) if m.name == "[stack]")
+            found = maps.read(handle, (stack.start, stack.end))
+            for one in several:
+                one.close()
+    assert [m.name for m in found] == ["[stack]"]
+
+
 @pytest.mark.parametrize("name", ["plain", "two  spaces ", "VmFlags: mg", "new\nline", "\x1b[31m"])
 def test_names_of_files(name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
