@@ -165,6 +165,8 @@ def _listed(
         start, end = int(first, 16), int(last, 16)
         if end <= low or start >= high:
             continue
+        if found and start < found[-1].end:
+            return None  # shown twice, for it grew meanwhile: `maps.parse` knows what to do
         name, i = name.lstrip(b" "), len(found)
         found.append(maps.mapping(start, end, perms, name, nothing))
         if inode != b"0" or not perms.endswith(b"p") or not _is_anonymous(name):
