@@ -58,7 +58,8 @@ def require() -> None:
         import scipy.special  # noqa: F401
     except ImportError as e:
         raise Unsupported(
-            f"an estimate from a sample needs {' and '.join(NEEDED)}; not installed: {e.name}",
+            # Which may be there, but not in working order.
+            f"an estimate from a sample needs {' and '.join(NEEDED)}: {e}",
             "`pip install 'dedup-ksm[sample]'`, or leave out `--sample` and `--within` to read "
             "everything",
         ) from e

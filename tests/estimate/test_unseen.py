@@ -208,6 +208,20 @@ def test_what_is_needed_is_missing(lacking: str, monkeypatch: pytest.MonkeyPatch
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(Unsupported, match=f"not installed: {lacking}") as e:
+    with pytest.raises(Unsupported, match=f"No module named '{lacking}'") as e:
         unseen.require()
     assert "pip install 'dedup-ksm[sample]'" in e.value.hint
+
+
+def test_what_is_needed_is_out_of_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The linker's words are told, which name no module."""
+    real = builtins.__import__
+
+    def broken(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == "highspy":
+            raise ImportError("libstdc++.so.6: version `GLIBCXX_3.4.30' not found")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", broken)
+    with pytest.raises(Unsupported, match="GLIBCXX_3"):
+        unseen.require()
