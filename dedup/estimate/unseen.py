@@ -39,6 +39,8 @@ LIKELY_STEPS: Final = 3000
 TINY: Final = float(np.finfo(np.float64).tiny)
 NEEDED: Final = ("scipy", "highspy")
 """Packages that only an estimate from a sample takes."""
+OFTEN: Final = 4096
+"""Contents seen more often are few: their numbers are sorted, not counted in a table."""
 FEW: Final = 50
 """Below so many frames a normal distribution does not serve."""
 
@@ -58,7 +60,8 @@ def require() -> None:
         import scipy.special  # noqa: F401
     except ImportError as e:
         raise Unsupported(
-            f"an estimate from a sample needs {' and '.join(NEEDED)}; not installed: {e.name}",
+            # Which may be there, but not in working order.
+            f"an estimate from a sample needs {' and '.join(NEEDED)}: {e}",
             "`pip install 'dedup-ksm[sample]'`, or leave out `--sample` and `--within` to read "
             "everything",
         ) from e
@@ -107,8 +110,8 @@ class Seen:
 
     Parameters
     ----------
-    times : int64 array
-        ``times[j - 1]``: contents of which j frames were seen.
+    times : int64 array, shape (2, n)
+        Numbers of frames seen of a content, ascending, and how many contents have each.
     rate : float
         Chance of each frame to be in the sample.
     frames : Span
@@ -122,12 +125,23 @@ class Seen:
     @property
     def contents(self) -> int:
         """Contents seen."""
-        return int(self.times.sum())
+        return int(self.times[1].sum())
 
     @property
     def sampled(self) -> int:
         """Frames seen."""
-        return int((self.times * np.arange(1, len(self.times) + 1)).sum())
+        return int(self.times.prod(0).sum())
+
+    def of(self, most: int) -> F64:
+        """Of how many contents 1, 2, ... frames were seen, up to `most`."""
+        number, contents = self.times[:, self.times[0] <= most]
+        few = np.zeros(most)
+        few[number - 1] = contents
+        return few
+
+    def beyond(self, most: int) -> I64:
+        """`times` of those of which more were seen."""
+        return self.times[:, self.times[0] > most]
 
 
 def scaled(sampled: int, rate: float, *, square: float | None = None) -> Span:
@@ -186,13 +200,9 @@ class Unseen:
         seen, rate = self.seen, self.seen.rate
         self.size = self._grid()
         chance = _binomial(self.size, TIMES, rate)
-        times = np.zeros(TIMES)
-        few = seen.times[:TIMES]
-        times[: len(few)] = few
-        often = seen.times[TIMES:]
-        number = np.arange(TIMES + 1, TIMES + 1 + len(often))
+        number, often = seen.beyond(TIMES)
         rows = np.vstack([chance[1:], 1 - chance.sum(0)])
-        observed = np.append(times, often.sum())
+        observed = np.append(seen.of(TIMES), often.sum())
         # All hold at once, with the confidence wanted: each has its part of what may go wrong.
         tail = (1 - CONFIDENCE) / (len(observed) + 1) / 2
         z = -float(ndtri(tail))
@@ -202,7 +212,7 @@ class Unseen:
         # be on the other side of the line.
         mass = float((often * number).sum())
         other = 1 - mass / seen.sampled if seen.sampled else 0.0
-        near = float(seen.times[TIMES // 2 : 2 * TIMES].sum())
+        near = float(seen.of(2 * TIMES)[TIMES // 2 :].sum())
         wide = z * np.sqrt(mass * (1 - rate) * other + near * TIMES**2 / 4)
         beyond = self.size * rate - (np.arange(TIMES + 1)[:, None] * chance).sum(0)
         few_frames = z * z / 2 if mass < FEW else 0.0
@@ -265,8 +275,7 @@ class Unseen:
         as many contents of each size; it stops before it fits what is chance.
         """
         size, seen = self.size[:-1], self.seen
-        observed = np.zeros(LIKELY_TIMES)
-        observed[: len(seen.times)] = seen.times[:LIKELY_TIMES]
+        observed = seen.of(LIKELY_TIMES)
         chance = _binomial(size, LIKELY_TIMES, seen.rate)
         part = np.full(len(size), 1 / len(size))
         if observed.any():
@@ -277,23 +286,26 @@ class Unseen:
             for _ in range(LIKELY_STEPS):
                 part *= share / np.maximum(times @ part, TINY) @ times
         contents = np.append(observed.sum() * part / (1 - chance[0]), 0.0)
-        often = seen.times[LIKELY_TIMES:]
-        number = np.arange(LIKELY_TIMES + 1, LIKELY_TIMES + 1 + len(often)) / seen.rate
+        number, often = seen.beyond(LIKELY_TIMES)
         contents[-2] += often.sum()
-        contents[-1] = (often * np.maximum(0.0, number - size[-1])).sum()
+        contents[-1] = (often * np.maximum(0.0, number / seen.rate - size[-1])).sum()
         return contents
 
     def _certain(self, low: F64, high: F64) -> Span:
         """What holds without the programme: nothing is rarer than once, nor than it was seen."""
         frames, seen = self.seen.frames, self.seen
         rest = max(0.0, frames.high - seen.sampled)
-        count = np.arange(1, len(seen.times) + 1)
+        number, contents = seen.times
         inner = self.size[:-1]
-        at_least = np.array([low[:-1][inner >= min(n, inner[-1])].min() for n in count])
-        at_most = np.array([high[:-1][inner >= min(n, inner[-1])].max() for n in count])
+        # Of the sizes from each on.
+        at_least = np.minimum.accumulate(low[-2::-1])[::-1]
+        at_most = np.maximum.accumulate(high[-2::-1])[::-1]
+        first = np.searchsorted(inner, np.minimum(number, inner[-1]))
         each = float(np.max(high / self.size))
-        most = float((seen.times * at_most).sum()) + rest * each
-        return Span.between(float((seen.times * at_least).sum()), min(most, frames.high * each))
+        most = float((contents * at_most[first]).sum()) + rest * each
+        return Span.between(
+            float((contents * at_least[first]).sum()), min(most, frames.high * each)
+        )
 
     def _solve(self, cost: F64) -> float | None:
         """The least value of a sum over contents; None where the solver finds none."""
@@ -399,5 +411,11 @@ def _binomial(size: F64, most: int, rate: float) -> F64:
 
 
 def times_of(count: I64) -> I64:
-    """For each j from 1 on, how many contents have j; `count` is one number a content."""
-    return np.bincount(count, minlength=2)[1:].astype(np.int64)
+    """`Seen.times`; `count` is one number a content, 0 for those not seen.
+
+    A table up to the largest would take as much memory as the most frequent content has frames.
+    """
+    few = np.bincount(count[count <= OFTEN])
+    number = np.flatnonzero(few[1:]) + 1
+    often = np.array(np.unique(count[count > OFTEN], return_counts=True))
+    return np.hstack([np.array([number, few[number]]), often]).astype(np.int64)

@@ -49,8 +49,9 @@ SMAPS_BYTES: Final = 2048
 """Asked for by one call. A mapping whose text has no room left in the kernel's page for a call is
 shown anew by the next one, and its pages are walked a second time (fs/seq_file.c). Asked for so
 little, the kernel ends a call before that page is full."""
-_HEAD: Final = re.compile(rb"^([0-9a-f]+)-[0-9a-f]+ ", re.MULTILINE)
-"""The first line of a mapping: its first address."""
+_HEAD: Final = re.compile(rb"\n([0-9a-f]+)-[0-9a-f]+ ")
+"""The first line of a mapping, behind another one's: its first address. What a call begins with
+may be the rest of anything, of a name as well."""
 _KNOWN: Final = 1024
 """Texts remembered: the same sizes, names and flags come again and again."""
 
@@ -74,7 +75,7 @@ def read(handle: Handle, within: tuple[int, int] | None = None) -> list[Mapping]
         return parse(handle.read("smaps", SMAPS_BYTES))
 
     def enough(part: bytes) -> bool:
-        # A head cut in two looks like a lower address.
+        # A head that is cut in two is missed; the next one serves.
         heads = _HEAD.findall(part)
         return bool(heads) and int(heads[-1], 16) >= within[1]
 
@@ -84,13 +85,17 @@ def read(handle: Handle, within: tuple[int, int] | None = None) -> list[Mapping]
 def parse(text: bytes, within: tuple[int, int] | None = None) -> list[Mapping]:
     """Mappings from the text of smaps; `within` as of `read`.
 
+    A mapping that grew between two calls, as a heap does, is shown anew with what it had before
+    (fs/proc/task_mmu.c, proc_get_vma): of mappings that overlap, the later one holds.
+
     Raises
     ------
     Unsupported
         It has mappings without VmFlags.
     """
-    mappings = []
+    mappings: list[Mapping] = []
     low, high = within or (0, 1 << 64)
+    shown = 0
     head, *ends = text.split(_END)
     for end in ends:
         line, _, fields = head.partition(b"\n")
@@ -100,6 +105,9 @@ def parse(text: bytes, within: tuple[int, int] | None = None) -> list[Mapping]:
         from_, to = int(first, 16), int(last, 16)
         if to <= low or from_ >= high:
             continue
+        if from_ < shown:
+            _cut(mappings, from_)
+        shown = to
         mappings.append(
             Mapping(
                 from_,
@@ -113,6 +121,14 @@ def parse(text: bytes, within: tuple[int, int] | None = None) -> list[Mapping]:
     if text and not ends:
         raise Unsupported("this kernel shows no VmFlags in /proc/PID/smaps", "")
     return mappings
+
+
+def _cut(mappings: list[Mapping], start: int) -> None:
+    """Take away what the last mappings have from an address on."""
+    while mappings and mappings[-1].start >= start:
+        mappings.pop()
+    if mappings and mappings[-1].end > start:
+        mappings[-1] = mappings[-1]._replace(end=start)
 
 
 def mapping(start: int, end: int, perms: bytes, name: bytes, vm_flags: frozenset[str]) -> Mapping:

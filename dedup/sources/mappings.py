@@ -125,6 +125,8 @@ def _without_smaps(
 ) -> list[maps.Mapping] | None:
     """The mappings by /proc/PID/maps and pagemap; None where that does not tell enough."""
     text = handle.read("maps")
+    if text.count(b"\n") > MOST_MAPPINGS:
+        return None
     fd = handle.open("pagemap")
     try:
         # At once, since it is what mostly decides: most of it will be huge pages, too.
@@ -149,8 +151,6 @@ def _listed(
     """The mappings in the text of maps; None where they can't be known so."""
     # Not splitlines: the kernel writes \012 for a line break in a name, and \r as it is.
     lines = text.split(b"\n")[:-1]
-    if len(lines) > MOST_MAPPINGS:
-        return None
     low, high = within or (0, 1 << 64)
     nothing = frozenset[str]()
     found: list[maps.Mapping] = []
@@ -165,6 +165,8 @@ def _listed(
         start, end = int(first, 16), int(last, 16)
         if end <= low or start >= high:
             continue
+        if found and start < found[-1].end:
+            return None  # shown twice, for it grew meanwhile: `maps.parse` knows what to do
         name, i = name.lstrip(b" "), len(found)
         found.append(maps.mapping(start, end, perms, name, nothing))
         if inode != b"0" or not perms.endswith(b"p") or not _is_anonymous(name):

@@ -120,6 +120,17 @@ def test_the_solver_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr() == ("", "")
 
 
+def test_one_content_may_be_nearly_everything() -> None:
+    """Nothing takes memory or time by how often one was seen."""
+    assert times_of(np.array([3, 1, 0, 3, 10**15])).tolist() == [[1, 3, 10**15], [1, 2, 1]]
+    for rare in (1, 2):  # pairs alone fit no population
+        count = np.append(np.full(9_000, rare), 10**7)
+        found = Unseen(Seen(times_of(count), 0.1, scaled(int(count.sum()), 0.1)), 256)
+        chained = found.figure(found.chained())
+        assert found.solved == (rare == 1)
+        assert chained.low <= 1 <= chained.high
+
+
 @settings(
     max_examples=60, deadline=None, derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
@@ -166,8 +177,7 @@ def test_nothing_to_estimate() -> None:
 
 def test_what_is_certain_where_nothing_fits() -> None:
     """A sample that no population explains: 9,000 pairs, and no content seen once."""
-    times = np.zeros(2, np.int64)
-    times[1] = 9_000
+    times = np.array([[2], [9_000]])
     found = Unseen(Seen(times, 0.1, Span.of(180_000.0)), 256)
     low, high = found.extra_nodes()
     left = found.figure(found.contents() + low, found.contents() + high)
@@ -208,6 +218,20 @@ def test_what_is_needed_is_missing(lacking: str, monkeypatch: pytest.MonkeyPatch
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(Unsupported, match=f"not installed: {lacking}") as e:
+    with pytest.raises(Unsupported, match=f"No module named '{lacking}'") as e:
         unseen.require()
     assert "pip install 'dedup-ksm[sample]'" in e.value.hint
+
+
+def test_what_is_needed_is_out_of_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The linker's words are told, which name no module."""
+    real = builtins.__import__
+
+    def broken(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == "highspy":
+            raise ImportError("libstdc++.so.6: version `GLIBCXX_3.4.30' not found")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", broken)
+    with pytest.raises(Unsupported, match="GLIBCXX_3"):
+        unseen.require()

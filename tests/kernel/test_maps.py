@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -43,6 +46,71 @@ def test_flags_and_sizes() -> None:
         assert [m.anonymous_bytes for m in mine] == [10 * mmap.PAGESIZE]
         assert mine[0].perms == "rw-p"
         assert mine[0].end - mine[0].start == 64 * mmap.PAGESIZE
+
+
+GROWING = """
+import ctypes
+libc = ctypes.CDLL(None)
+libc.sbrk.restype, libc.sbrk.argtypes = ctypes.c_void_p, [ctypes.c_long]
+print("ready", flush=True)
+while True:
+    for _ in range(500):
+        libc.sbrk(4096)
+    libc.sbrk(-500 * 4096)
+"""
+
+
+def test_a_heap_that_grows_meanwhile() -> None:
+    """The kernel shows it twice then, by some of the readings."""
+    command = [sys.executable, "-c", GROWING]
+    twice = 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
+        try:
+            assert child.stdout
+            child.stdout.readline()
+            with Handle(child.pid) as handle:
+                for _ in range(3_000):
+                    text = handle.read("smaps", maps.SMAPS_BYTES)
+                    twice += text.count(b"[heap]") > 1
+                    found = maps.parse(text)
+                    assert sum(m.name == "[heap]" for m in found) == 1
+                    assert all(a.end <= b.start for a, b in itertools.pairwise(found))
+                    if twice > 3:
+                        break
+        finally:
+            child.kill()
+    assert twice
+
+
+def test_of_mappings_that_overlap_the_later_one_holds() -> None:
+    """As where one was split elsewhere between two calls, and where several became one."""
+
+    def shown(*spans: tuple[int, int]) -> list[tuple[int, int]]:
+        text = "".join(
+            f"{a:x}-{b:x} rw-p 00000000 00:00 0 \nRss: 4 kB\nVmFlags: rd wr \n" for a, b in spans
+        )
+        return [(m.start, m.end) for m in maps.parse(text.encode())]
+
+    assert shown((1, 3), (3, 5), (1, 9), (9, 10)) == [(1, 9), (9, 10)]
+    assert shown((1, 3), (3, 5), (4, 9)) == [(1, 3), (3, 4), (4, 9)]
+    assert shown((1, 3), (3, 5), (2, 9)) == [(1, 2), (2, 9)]
+    assert shown((1, 3), (3, 5), (7, 9)) == [(1, 3), (3, 5), (7, 9)]
+
+
+def test_name_that_looks_like_a_head() -> None:
+    """Where a call begins in the midst of one, mappings behind it are read on."""
+    part = "f" * 200 + "-f r"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, *[part] * 18)
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"x" * mmap.PAGESIZE)
+        with path.open("rb") as f, Handle(os.getpid()) as handle:
+            several = [mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ) for _ in range(8)]
+            stack = next(m for m in maps.read(handle) if m.name == "[stack]")
+            found = maps.read(handle, (stack.start, stack.end))
+            for one in several:
+                one.close()
+    assert [m.name for m in found] == ["[stack]"]
 
 
 @pytest.mark.parametrize("name", ["plain", "two  spaces ", "VmFlags: mg", "new\nline", "\x1b[31m"])
@@ -121,6 +189,10 @@ def smaps_of(m: maps.Mapping) -> str:
 
 
 @given(st.lists(mappings(), max_size=12))
-def test_what_is_printed_is_read(wanted: list[maps.Mapping]) -> None:
+def test_what_is_printed_is_read(some: list[maps.Mapping]) -> None:
+    ends = [0, *itertools.accumulate(m.end for m in some)]
+    wanted = [
+        m._replace(start=m.start + end, end=m.end + end) for m, end in zip(some, ends, strict=False)
+    ]
     text = "".join(map(smaps_of, wanted)).encode()
     assert maps.parse(text) == wanted

@@ -246,6 +246,32 @@ def test_memory_given_back_lazily(target: Target, monkeypatch: pytest.MonkeyPatc
         same_scan(target.pid, monkeypatch)
 
 
+def test_too_many_are_left_to_smaps_at_once(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is searched for in their text."""
+    monkeypatch.setattr(mappings, "MOST_MAPPINGS", 3)
+    monkeypatch.setattr(mappings, "_PLAIN", None)
+    assert without_smaps(target.pid) is None
+
+
+def test_what_is_shown_twice_is_left_to_smaps(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a mapping is that grew meanwhile."""
+    real = processes.Handle.read
+
+    def read(self: processes.Handle, name: str, *args: Any) -> bytes:
+        text = real(self, name, *args)
+        lines = text.splitlines(keepends=True)
+        twice = b"".join(line * (1 + line.endswith(b"[stack]\n")) for line in lines)
+        return twice if name == "maps" else text
+
+    assert without_smaps(target.pid)
+    monkeypatch.setattr(processes.Handle, "read", read)
+    assert without_smaps(target.pid) is None
+
+
 def test_not_where_nobody_counts(target: Target) -> None:
     with processes.Handle(target.pid) as handle:
         counters = ksm.process_counters(handle)
