@@ -381,7 +381,7 @@ class LiveSource:
         counters = ksm_interface.process_counters(handle)
         whole = self.options.scope == "compatible" and handle.pid not in self.options.marked
         within = (
-            (self.spans[0].start, max(s.start + s.length for s in self.spans))
+            (min(s.start for s in self.spans), max(s.start + s.length for s in self.spans))
             if self.spans
             else None
         )
