@@ -39,6 +39,8 @@ class Mapping(NamedTuple):
     """False: the sizes are what they may be at the most, and a look has to count the pages."""
 
 
+EVERYWHERE: Final = (0, 1 << 64)
+"""All addresses: the first, and the one behind the last."""
 _END: Final = b"\nVmFlags:"
 """The last line of each mapping. Names hold no line break: the kernel writes \\012 for it."""
 _WANTED: Final = (
@@ -56,7 +58,7 @@ _KNOWN: Final = 1024
 """Texts remembered: the same sizes, names and flags come again and again."""
 
 
-def read(handle: Handle, within: tuple[int, int] | None = None) -> list[Mapping]:
+def read(handle: Handle, within: tuple[int, int] = EVERYWHERE) -> list[Mapping]:
     """All mappings of a process, ascending by address.
 
     Parameters
@@ -71,7 +73,7 @@ def read(handle: Handle, within: tuple[int, int] | None = None) -> list[Mapping]
     Unsupported
         The kernel shows no VmFlags (it lacks CONFIG_PROC_PAGE_MONITOR).
     """
-    if within is None:
+    if within == EVERYWHERE:
         return parse(handle.read("smaps", SMAPS_BYTES))
 
     def enough(part: bytes) -> bool:
@@ -82,7 +84,7 @@ def read(handle: Handle, within: tuple[int, int] | None = None) -> list[Mapping]
     return parse(handle.read("smaps", SMAPS_BYTES, enough), within)
 
 
-def parse(text: bytes, within: tuple[int, int] | None = None) -> list[Mapping]:
+def parse(text: bytes, within: tuple[int, int] = EVERYWHERE) -> list[Mapping]:
     """Mappings from the text of smaps; `within` as of `read`.
 
     A mapping that grew between two calls, as a heap does, is shown anew with what it had before
@@ -94,7 +96,7 @@ def parse(text: bytes, within: tuple[int, int] | None = None) -> list[Mapping]:
         It has mappings without VmFlags.
     """
     mappings: list[Mapping] = []
-    low, high = within or (0, 1 << 64)
+    low, high = within
     shown = 0
     head, *ends = text.split(_END)
     for end in ends:

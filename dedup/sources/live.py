@@ -383,7 +383,7 @@ class LiveSource:
         within = (
             (min(s.start for s in self.spans), max(s.start + s.length for s in self.spans))
             if self.spans
-            else None
+            else maps.EVERYWHERE
         )
         found = mappings.of(handle, counters, self.sight, countable=whole, within=within)
         advised = any("mg" in m.vm_flags for m in found)

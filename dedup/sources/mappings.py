@@ -71,7 +71,7 @@ SHARED_MEMORY: Final = b"/dev/zero (deleted)"
 
 def of(
     handle: Handle, counters: ProcessCounters | None, sight: Sight, *, countable: bool,
-    within: tuple[int, int] | None = None,
+    within: tuple[int, int] = maps.EVERYWHERE,
 ) -> list[maps.Mapping]:  # fmt: skip
     """All mappings of a process, ascending by address.
 
@@ -121,7 +121,7 @@ def _quiet(handle: Handle, counters: ProcessCounters | None) -> bool:
 
 
 def _without_smaps(
-    handle: Handle, sight: Sight, within: tuple[int, int] | None
+    handle: Handle, sight: Sight, within: tuple[int, int]
 ) -> list[maps.Mapping] | None:
     """The mappings by /proc/PID/maps and pagemap; None where that does not tell enough."""
     text = handle.read("maps")
@@ -137,21 +137,21 @@ def _without_smaps(
         os.close(fd)
 
 
-def _largest(text: bytes, within: tuple[int, int] | None) -> tuple[int, int]:
+def _largest(text: bytes, within: tuple[int, int]) -> tuple[int, int]:
     """Start and end of the largest private anonymous mapping; (0, 0) for none."""
-    low, high = within or (0, 1 << 64)
+    low, high = within
     spans = ((int(a, 16), int(b, 16)) for a, b in _PLAIN.findall(text))
     inside = ((max(a, low), min(b, high)) for a, b in spans)
     return max(inside, key=lambda span: span[1] - span[0], default=(0, 0))
 
 
 def _listed(
-    handle: Handle, fd: int, text: bytes, sight: Sight, within: tuple[int, int] | None
+    handle: Handle, fd: int, text: bytes, sight: Sight, within: tuple[int, int]
 ) -> list[maps.Mapping] | None:
     """The mappings in the text of maps; None where they can't be known so."""
     # Not splitlines: the kernel writes \012 for a line break in a name, and \r as it is.
     lines = text.split(b"\n")[:-1]
-    low, high = within or (0, 1 << 64)
+    low, high = within
     nothing = frozenset[str]()
     found: list[maps.Mapping] = []
     plain: list[int] = []
