@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import resource
+import select
 import signal
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,9 @@ OURS: Final = {signal.SIGCHLD, signal.SIGCONT, signal.SIGPIPE, signal.SIGXFSZ}
 SI_KERNEL: Final = 0x80
 """si_code of a terminal's signals (include/uapi/asm-generic/siginfo.h)."""
 
+POLL_SECONDS: Final = 0.05
+"""Between two looks at a command that has not reached its exec yet."""
+
 
 @dataclass(frozen=True, slots=True)
 class End:
@@ -51,7 +55,7 @@ def signals_held() -> Iterator[set[int]]:
 
     What arrives after the command's end is dropped: there is nobody to take it.
     """
-    held = {s for s in signal.valid_signals() if s not in FAULTS}
+    held = _held()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
     try:
         yield {int(s) for s in before}
@@ -84,6 +88,7 @@ class Child:
         again: Callable[[str, str, str], DedupError],
     ) -> None:
         self._asked_to_stop = False
+        self._end: End | None = None
         # Where it is ignored, children are never waited for; the command may want that all the
         # same.
         kept = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -94,9 +99,13 @@ class Child:
             _child(prepare, mask, its)
         os.close(its)
         with os.fdopen(ours, "rb") as pipe:
+            # Stopped before its exec it would keep us here: Ctrl-Z and what ends it must come by.
+            while self._end is None and not select.select([pipe], [], [], POLL_SECONDS)[0]:
+                self._serve(signal.sigtimedwait(_held(), 0))
             failure = pipe.read()
         if failure:
-            os.waitpid(self.pid, 0)
+            if self._end is None:
+                os.waitpid(self.pid, 0)
             told = json.loads(failure)
             raise again(told["code"], told["message"], told["hint"])
 
@@ -109,17 +118,19 @@ class Child:
             Called now and then; gives the seconds until it wants to be called again, None for
             never.
         """
-        held = {s for s in signal.valid_signals() if s not in FAULTS}
-        while True:
+        held = _held()
+        while self._end is None:
             seconds = tick()
-            info = (
+            self._serve(
                 signal.sigwaitinfo(held) if seconds is None else signal.sigtimedwait(held, seconds)
             )
-            if info is not None and info.si_signo != signal.SIGCHLD:
-                self._pass_on(info)
-            end = self._reap()
-            if end is not None:
-                return end
+        return self._end
+
+    def _serve(self, info: signal.struct_siginfo | None) -> None:
+        """Pass a signal on, if there is one, and see what has ended or stopped."""
+        if info is not None and info.si_signo != signal.SIGCHLD:
+            self._pass_on(info)
+        self._end = self._reap()
 
     def _pass_on(self, info: signal.struct_siginfo) -> None:
         number = info.si_signo
@@ -199,6 +210,10 @@ def _child(prepare: Callable[[], NoReturn], mask: set[int], its: int) -> NoRetur
         failure = {"code": "run-failed", "message": f"{type(e).__name__}: {e}", "hint": ""}
         os.write(its, json.dumps(failure).encode())
     os._exit(125)
+
+
+def _held() -> set[int]:
+    return {s for s in signal.valid_signals() if s not in FAULTS}
 
 
 def _stopped(pid: int) -> bool:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +130,19 @@ sys.stdin.read()
 """
 
 
-def running(*words: str, **more: Any) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+class Running(subprocess.Popen[str]):
+    """Nobody waits for it where a test failed: what it waits for may never come."""
+
+    def __exit__(self, kind: Any, value: Any, where: Any) -> None:
+        if kind is not None:
+            for pid in (*pids_below(self.pid), self.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        super().__exit__(kind, value, where)
+
+
+def running(*words: str, **more: Any) -> Running:
+    return Running(
         [*RUN, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, cwd=REPOSITORY, env=environment(), **more,
     )  # fmt: skip
