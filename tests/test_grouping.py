@@ -123,6 +123,7 @@ def test_grouping_anew_forgets_the_old_marks() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_more_pages_than_parts_are_meant_for() -> None:
     n = 40_000_000
     chance = np.random.default_rng(6)

@@ -134,6 +134,7 @@ def test_a_wait_goes_on(kind: str, threads: int) -> None:
 
 @pytest.mark.ksm
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_thousand_injections() -> None:
     outcomes = injections(2000)
     assert len(outcomes) == 2 * len(KINDS)
