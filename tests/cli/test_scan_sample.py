@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,10 +11,10 @@ from dedup import sampling, scanning
 from dedup.errors import Refused
 from dedup.sources import speed
 
-from .conftest import Dedup, end, on_terminal
+from .conftest import Dedup, end, on_terminal, start_program
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    import subprocess
 
 pytest.importorskip("scipy")
 pytest.importorskip("highspy")
@@ -44,18 +42,6 @@ FIELDS = (
 
 # Whatever the host has at the moment.
 DEFAULTS = ("--tunable", "max_page_sharing=256", "--tunable", "use_zero_pages=0")
-
-
-@pytest.fixture(scope="module")
-def process() -> Iterator[subprocess.Popen[str]]:
-    """A process with 60,000 pages."""
-    started = subprocess.Popen(
-        [sys.executable, "-c", TARGET], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert started.stdout is not None
-    assert started.stdout.readline() == "ready\n"
-    yield started
-    end(started)
 
 
 def held(sample: dict[str, Any], full: dict[str, Any]) -> None:
@@ -228,12 +214,8 @@ while True:
     for i in range(0, 50_000, 10):
         memory[i * PAGE + 64 : i * PAGE + 72] = n.to_bytes(8, "little")
 """
-    writer = subprocess.Popen(
-        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    writer = start_program(program)
     try:
-        assert writer.stdout is not None
-        writer.stdout.readline()
         scan = dedup(
             "scan", "--pid", str(writer.pid), "--sample", "20%", "--interval", "0.3", "--json"
         ).json
