@@ -32,6 +32,16 @@ TOP: Final = 8
 TOP_LEAST: Final = 3
 """Rows of a table, and of one in which nothing would merge."""
 TOP_CONTENTS: Final = 5
+COUNTERS: Final = (
+    "pages_shared",
+    "pages_sharing",
+    "pages_unshared",
+    "pages_volatile",
+    "ksm_zero_pages",
+    "stable_node_chains",
+    "stable_node_dups",
+)
+"""The kernel's, in pages and nodes, as they are listed."""
 TWO_COLUMNS_FROM: Final = 72
 NAMES: Final = 2
 """Names listed, where there are many."""
@@ -226,15 +236,7 @@ class View:
 
     def _counters(self) -> list[RenderableType]:
         cells = []
-        for name in (
-            "pages_shared",
-            "pages_sharing",
-            "pages_unshared",
-            "pages_volatile",
-            "ksm_zero_pages",
-            "stable_node_chains",
-            "stable_node_dups",
-        ):
+        for name in COUNTERS:
             r = self._range(name)
             cells.append((name, "unknown" if r is None else span(*r)))
         cells.append(("general_profit", span(*self._known("general_profit"), in_bytes=True)))
