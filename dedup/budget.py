@@ -12,7 +12,7 @@ import numpy as np
 from dedup import sampling, scanning
 from dedup.errors import NoSuchProcess, NotPermitted, Refused, Usage
 from dedup.estimate import content
-from dedup.kernel import memory, pagemap, processes
+from dedup.kernel import memory, pagemap, processes, shortage
 from dedup.pages import Flag
 from dedup.sources.live import LiveSource, mark_outside
 
@@ -74,6 +74,7 @@ class _Need:
         return self.fixed + (LEAST_PAGES + pilot) * (KEPT_BYTES + ALONE_BYTES)
 
 
+@shortage.needed("estimate from a sample")
 def scan_pids(
     pids: Sequence[int],
     memory_bytes: int,

@@ -15,7 +15,7 @@ from dedup import calibration, scanning
 from dedup.errors import NoSuchProcess, Refused, Usage
 from dedup.estimate import sampled, unseen
 from dedup.estimate.sampled import RATE_LEAST, RATE_MOST, Present
-from dedup.kernel import ksmd, memory, numa, pagemap, processes
+from dedup.kernel import ksmd, memory, numa, pagemap, processes, shortage
 from dedup.model import cost, steady
 from dedup.sources import speed
 from dedup.sources.live import LiveSource, wait_until
@@ -210,6 +210,7 @@ def refuse_pinned(hint: str, *, pinned: bool) -> None:
         )
 
 
+@shortage.needed("estimate from a sample")
 def sample_pids(
     pids: Sequence[int], rate: float, plan: Plan | None = None, within: float | None = None
 ) -> Sampled:
