@@ -12,7 +12,7 @@ from rich.text import Text
 from dedup.report import price, summary
 from dedup.report.hints import typable
 from dedup.report.names import safe
-from dedup.report.table import Column, fitting
+from dedup.report.table import Column, fitting, indented
 from dedup.report.text import COUNTERS, LEFT_OUT_WORDS, count, size, span
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ class SampleView:
             )
         words.append(self._looks())
         parts: list[RenderableType] = [Text("Notes", "bold")]
-        parts += [Padding(Text(w), (0, 0, 0, 2)) for w in (*words, *self._left_out())]
+        parts += [indented(w) for w in (*words, *self._left_out())]
         return parts
 
     def _looks(self) -> str:
