@@ -13,6 +13,7 @@ import pytest
 
 import dedup as package
 from dedup.errors import Refused, Usage
+from dedup.model.merge import FIELDS
 from dedup.report.sampled import part_of
 from dedup.sampling import Sampled
 from dedup.scanning import Scan
@@ -22,11 +23,6 @@ from .conftest import REPOSITORY, Dedup, end, environment, on_terminal, start_pr
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-FIELDS = (
-    "pages_shared", "pages_sharing", "pages_unshared", "pages_volatile", "ksm_zero_pages",
-    "stable_node_chains", "stable_node_dups", "general_profit", "frames_freed", "saved_bytes",
-    "thp_split",
-)  # fmt: skip
 # Whatever the host has at the moment.
 DEFAULTS = ("--tunable", "max_page_sharing=256", "--tunable", "use_zero_pages=0",
             "--interval", "0.05")  # fmt: skip

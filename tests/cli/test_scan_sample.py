@@ -9,6 +9,7 @@ import pytest
 
 from dedup import sampling, scanning
 from dedup.errors import Refused
+from dedup.model.merge import FIELDS
 from dedup.sources import speed
 
 from .conftest import Dedup, end, on_terminal, start_program
@@ -33,13 +34,6 @@ for i, name in enumerate(names):
 print("ready", flush=True)
 sys.stdin.read()
 """
-FIELDS = (
-    "pages_shared", "pages_sharing", "pages_unshared", "pages_volatile", "ksm_zero_pages",
-    "stable_node_chains", "stable_node_dups", "general_profit", "frames_freed", "saved_bytes",
-    "thp_split",
-)  # fmt: skip
-
-
 # Whatever the host has at the moment.
 DEFAULTS = ("--tunable", "max_page_sharing=256", "--tunable", "use_zero_pages=0")
 
