@@ -127,7 +127,7 @@ def scan(
     Raises
     ------
     DedupError
-        `NoSuchProcess`, `NoMemory`, `NotPermitted`, `NotMergeable`, `Usage`.
+        `NoSuchProcess`, `NoMemory`, `NotPermitted`, `NotMergeable`, `OutOfMemory`, `Usage`.
     """
     from dedup.errors import Usage
 
@@ -144,8 +144,12 @@ def scan(
             raise Usage(
                 f"dedup.scan: {name} has a value that means nothing", "see help(dedup.scan)"
             )
-    from dedup.scanning import Plan, scan_pids, scan_spans
-    from dedup.sources.live import Options
+    from dedup.kernel import shortage
+
+    with shortage.needed("start"):
+        shortage.for_import("numpy")
+        from dedup.scanning import Plan, scan_pids, scan_spans
+        from dedup.sources.live import Options
 
     plan = Plan(
         options=Options(scope=scope, threads=threads or 0, seed=seed),

@@ -22,9 +22,24 @@ def main(argv: list[str] | None = None) -> int:
     int
         The exit status.
     """
-    from dedup.cli.guard import run
+    words = sys.argv[1:] if argv is None else argv
+    from dedup.errors import OutOfMemory, is_refusal
 
-    return run(sys.argv[1:] if argv is None else argv)
+    try:
+        from dedup.cli.guard import run
+
+        return run(words)
+    except (ImportError, MemoryError) as e:
+        if not is_refusal(e):
+            raise
+        # Not even an error can be told as others are.
+        message, hint = "no memory to start", "allow more: `ulimit -v unlimited`"
+        text = f"dedup: {message}; {hint}"
+        if "--json" in words:
+            error = f'"code": "{OutOfMemory.code}", "message": "{message}", "hint": "{hint}"'
+            text = f'{{"schema_version": 1, "kind": "error", "error": {{{error}}}}}'
+        os.write(1 if "--json" in words else 2, f"{text}\n".encode())
+        return OutOfMemory.exit_status
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import platform
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
@@ -13,9 +12,8 @@ import numpy as np
 from dedup import sampling, scanning
 from dedup.errors import NoSuchProcess, NotPermitted, Refused, Usage
 from dedup.estimate import content
-from dedup.kernel import memory, pagemap, processes
+from dedup.kernel import memory, pagemap, processes, shortage
 from dedup.pages import Flag
-from dedup.sampling import Sampled
 from dedup.sources.live import LiveSource, mark_outside
 
 if TYPE_CHECKING:
@@ -25,6 +23,7 @@ if TYPE_CHECKING:
     from dedup.estimate.sampled import Present
     from dedup.kernel.pagemap import Sight
     from dedup.pages import U64, Groups, Pages
+    from dedup.sampling import Sampled
     from dedup.scanning import Plan, Scan
 
 FIXED_BYTES: Final = 16 << 20
@@ -75,6 +74,7 @@ class _Need:
         return self.fixed + (LEAST_PAGES + pilot) * (KEPT_BYTES + ALONE_BYTES)
 
 
+@shortage.needed("estimate from a sample")
 def scan_pids(
     pids: Sequence[int],
     memory_bytes: int,
@@ -277,7 +277,6 @@ class _Sample:
         began = sampling.look_on(source, plan, first, full_scan)
         pages, sight = source.pages, source.sight
         assert pages is not None
-        present, by_process = sampling.present_of(source), sampling.by_process_of(source)
 
         def mark(some: Pages, groups: Groups) -> None:
             mark_outside(some, groups, sight)
@@ -285,34 +284,17 @@ class _Sample:
         estimate = content.estimate(
             pages,
             stock,
-            present,
-            by_process,
+            sampling.present_of(source),
+            sampling.by_process_of(source),
             rules,
             mark if sight.kpagecount else None,
             pagemap.mappings_of if sight.kpagecount else None,
         )
-        return Sampled(
-            kernel=platform.release(),
-            tunables=tunables,
-            pages=pages,
-            present=present,
-            by_process=by_process,
-            estimate=estimate,
-            rules=rules,
-            tally=source.tally,
-            rate=rate,
-            within_seconds=None,
-            seed=source.seed,
-            seconds=time.monotonic() - self.begin,
-            looks_seconds=[t - first for t in began],
-            full_scan_seconds=full_scan,
-            scope=plan.options.scope,
-            pagemap_scan=sight.pagemap_scan,
-            cost=sampling.cost_of(estimate, assumed),
-            assumed=dict(plan.assumed),
-            memory_bytes=self.memory_bytes,
+        return sampling.result_of(
+            source, plan, estimate, rules, tunables, rate=rate, began=began, full_scan=full_scan,
+            seconds=time.monotonic() - self.begin, memory_bytes=self.memory_bytes,
             frame_rate=stock.frame_rate,
-        )
+        )  # fmt: skip
 
     def _first_look(
         self, counted: U64, seed: int, rate: float, room: int

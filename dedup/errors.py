@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+import errno
+from typing import ClassVar, Final
+
+UNLOADABLE: Final = ("failed to map segment", "cannot map zero-fill pages", "allocate memory:")
+"""How the dynamic loader says that a library found no memory."""
 
 
 class Told(BaseException):
@@ -137,6 +141,13 @@ class OutputFailed(DedupError):
     exit_status = 10
 
 
+class OutOfMemory(DedupError, MemoryError):
+    """Memory for dedup itself was refused, by a limit or by the host."""
+
+    code = "out-of-memory"
+    exit_status = 10
+
+
 class Interrupted(Told):
     """A signal ended the run; everything was put back.
 
@@ -158,3 +169,14 @@ class NotMergeable(Unsupported):
 
     code = "not-mergeable"
     default_hint = "start the program with `dedup run -- CMD`: all its memory is mergeable then"
+
+
+def is_refusal(e: BaseException | None) -> bool:
+    """Whether memory was refused behind an exception."""
+    while e is not None:
+        if isinstance(e, MemoryError) or (isinstance(e, OSError) and e.errno == errno.ENOMEM):
+            return True
+        if isinstance(e, ImportError) and any(words in str(e).lower() for words in UNLOADABLE):
+            return True
+        e = e.__cause__
+    return False

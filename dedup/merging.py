@@ -13,7 +13,7 @@ import numpy as np
 from dedup.change import verify, wait
 from dedup.change.tunables import Tunables
 from dedup.errors import Busy, KsmNotRunning, NotMergeable, NotPermitted
-from dedup.kernel import advise, maps, pagemap
+from dedup.kernel import advise, maps, pagemap, shortage
 from dedup.kernel import ksm as ksm_interface
 from dedup.kernel.ksm import RUN_MERGE, Ksm
 from dedup.kernel.processes import Handle
@@ -134,6 +134,7 @@ class Merge:
         """dict: actual less predicted, all 0 where the prediction holds."""
         return self.comparison.difference
 
+    @shortage.needed("merge the arrays")
     def __enter__(self) -> Self:
         ksm = Ksm()
         ksm.require()

@@ -15,7 +15,7 @@ from dedup import calibration, scanning
 from dedup.errors import NoSuchProcess, Refused, Usage
 from dedup.estimate import sampled, unseen
 from dedup.estimate.sampled import RATE_LEAST, RATE_MOST, Present
-from dedup.kernel import ksmd, memory, numa, pagemap, processes
+from dedup.kernel import ksmd, memory, numa, pagemap, processes, shortage
 from dedup.model import cost, steady
 from dedup.sources import speed
 from dedup.sources.live import LiveSource, wait_until
@@ -210,6 +210,7 @@ def refuse_pinned(hint: str, *, pinned: bool) -> None:
         )
 
 
+@shortage.needed("estimate from a sample")
 def sample_pids(
     pids: Sequence[int], rate: float, plan: Plan | None = None, within: float | None = None
 ) -> Sampled:
@@ -259,34 +260,67 @@ def sample_pids(
     began = look_on(source, plan, begin, full_scan, within)
     unseen.require()
     present, sight = present_of(source), source.sight
-    by_process = by_process_of(source)
     estimate = sampled.estimate(
         pages,
         chosen,
         present,
-        by_process,
+        by_process_of(source),
         rules,
         pagemap.mappings_of if sight.kpagecount else None,
     )
+    return result_of(
+        source, plan, estimate, rules, tunables, rate=rate, began=began, full_scan=full_scan,
+        seconds=time.monotonic() - begin, within=within,
+    )  # fmt: skip
+
+
+def result_of(
+    source: LiveSource, plan: Plan, estimate: Estimate, rules: Rules,
+    tunables: dict[str, int | str], *, rate: float, began: Sequence[float], full_scan: float,
+    seconds: float, within: float | None = None, memory_bytes: int | None = None,
+    frame_rate: float | None = None,
+) -> Sampled:  # fmt: skip
+    """All that a scan of a sample gives, by frame or by content.
+
+    Parameters
+    ----------
+    source : LiveSource
+        After its last look.
+    plan : Plan
+    estimate : Estimate
+    rules : Rules
+    tunables : dict
+        The host's.
+    rate : float
+    began : sequence of float
+        When each look began.
+    full_scan, seconds : float
+        ksmd's full scan, and the time that all took.
+    within, memory_bytes, frame_rate : optional
+        As `Sampled` has them.
+    """
+    assert source.pages is not None
     return Sampled(
         kernel=platform.release(),
         tunables=tunables,
-        pages=pages,
-        present=present,
-        by_process=by_process,
+        pages=source.pages,
+        present=present_of(source),
+        by_process=by_process_of(source),
         estimate=estimate,
         rules=rules,
         tally=source.tally,
         rate=rate,
         within_seconds=within,
         seed=source.seed,
-        seconds=time.monotonic() - begin,
-        looks_seconds=[t - begin for t in began],
+        seconds=seconds,
+        looks_seconds=[t - began[0] for t in began],
         full_scan_seconds=full_scan,
         scope=plan.options.scope,
-        pagemap_scan=sight.pagemap_scan,
-        cost=cost_of(estimate, assumed),
+        pagemap_scan=source.sight.pagemap_scan,
+        cost=cost_of(estimate, {**tunables, **plan.assumed}),
         assumed=dict(plan.assumed),
+        memory_bytes=memory_bytes,
+        frame_rate=frame_rate,
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from dedup import calibration, grouping
 from dedup.errors import Unsupported, Usage
-from dedup.kernel import ksmd, pagemap, processes
+from dedup.kernel import ksmd, pagemap, processes, shortage
 from dedup.kernel.ksm import Ksm
 from dedup.model import cost, merge, smart, steady
 from dedup.pages import Flag
@@ -324,6 +324,7 @@ class _Looking:
     only: Bool | None = None
     """Pages of the first look that the later ones read; None: everything."""
 
+    @shortage.needed("group the pages and predict what merges")
     def run(self) -> Scan:
         begin = time.monotonic()
         self.rules = rules_of(self._assumed(), order_known=self.plan.order_known)

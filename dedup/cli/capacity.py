@@ -14,7 +14,7 @@ from dedup.cli.root import Exemplified
 from dedup.errors import Usage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from dedup.change.pilot import Ready
     from dedup.cli.output import Output
@@ -79,9 +79,11 @@ def pilots(f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Mix(click.ParamType):  # type: ignore[type-arg,unused-ignore] # generic since 8.5
-    """Services and how many of each, `web=12,worker=30`."""
+    """Services and how many of each, `web=12,worker=30`; a comma in a label is part of it."""
 
     name = "mix"
+    # A comma ends a part only behind its number.
+    part = re.compile(r"(.+?)=([0-9]{1,5})(,|\Z)", re.DOTALL)
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -90,16 +92,40 @@ class Mix(click.ParamType):  # type: ignore[type-arg,unused-ignore] # generic si
         if isinstance(value, dict):
             return value
         found: dict[str, int] = {}
-        for part in str(value).split(","):
-            label, separator, number = part.rpartition("=")
-            if not separator or not label or not re.fullmatch("[0-9]{1,5}", number):
-                self.fail(f"{part!r} is no service and number, such as web=12", param, ctx)
+        text, at, more = str(value), 0, ","
+        while more:
+            part = self.part.match(text, at)
+            if part is None:
+                self.fail(
+                    f"{text[at:]!r} is no service and number: type `--mix web=12`, or of several "
+                    "`--mix web=12,worker=30`",
+                    param,
+                    ctx,
+                )
+            label, number, more = part.groups()
             if label in found:
-                self.fail(f"{label} is there twice", param, ctx)
+                self.fail(f"{label} is there twice: give its number once", param, ctx)
             if not 1 <= int(number) <= INSTANCES_MOST:
                 self.fail(f"{label} takes 1 to {INSTANCES_MOST:,} instances", param, ctx)
             found[label] = int(number)
+            at = part.end()
         return found
+
+
+def together(mixes: Sequence[dict[str, int]]) -> dict[str, int] | None:
+    """All services of a repeated `--mix`; None where it is not given.
+
+    Raises
+    ------
+    Usage
+        One of them is there twice.
+    """
+    found: dict[str, int] = {}
+    for mix in mixes:
+        for label in mix.keys() & found.keys():
+            raise Usage(f"--mix names {label} twice", "give its number once")
+        found |= mix
+    return found or None
 
 
 @click.command(
@@ -139,8 +165,9 @@ class Mix(click.ParamType):  # type: ignore[type-arg,unused-ignore] # generic si
     help="Show what so many need, too.",
 )  # fmt: skip
 @click.option(
-    "--mix", type=Mix(), metavar="NAME=N,...",
-    help="Services, by the labels of their files, and how many instances of each go together.",
+    "--mix", "mixes", type=Mix(), multiple=True, metavar="NAME=N,...",
+    help="Services, by the labels of their files, and how many instances of each go together: "
+    "separated by commas, or each with a --mix of its own. A label may have commas.",
 )  # fmt: skip
 @click.option(
     "--swap", type=Size(), metavar="SIZE",
@@ -161,7 +188,7 @@ def command(
     reserve: int,
     headroom: float,
     instances: int | None,
-    mix: dict[str, int] | None,
+    mixes: tuple[dict[str, int], ...],
     swap: int | None,
     assumed: tuple[tuple[str, int], ...],
 ) -> int:
@@ -190,6 +217,7 @@ def command(
         raise Usage("--ram takes the memory of a host, above 0", "such as `--ram 64G`")
     if ram is not None and reserve >= ram:
         raise Usage("--reserve takes all of --ram", "give more memory, or reserve less of it")
+    mix = together(mixes)
     if mix is not None and label is not None:
         raise Usage("--mix names the services already", "leave out `--label`")
     if mix is not None and pilot is not None:

@@ -12,6 +12,7 @@ import click
 
 from dedup.cli import output, root
 from dedup.errors import DedupError, Interrupted, NotPermitted, OutputFailed, Told, Usage
+from dedup.kernel import shortage
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -27,7 +28,13 @@ OUTPUT_ERRNOS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def run(argv: list[str]) -> int:
-    """Run the command line `argv` and give the exit status; never raises."""
+    """Run the command line `argv` and give the exit status.
+
+    Raises
+    ------
+    MemoryError, ImportError
+        There is not even the memory to say so.
+    """
     _catch_signals()
     try:
         status = _run(argv)
@@ -40,7 +47,8 @@ def run(argv: list[str]) -> int:
 
 def _run(argv: list[str]) -> int:
     try:
-        status = root.command.main(argv, prog_name="dedup", standalone_mode=False)
+        with shortage.needed("go on"), shortage.spare():
+            status = root.command.main(argv, prog_name="dedup", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as e:
         click.echo(e.format_message())
         return Usage.exit_status
@@ -53,10 +61,6 @@ def _run(argv: list[str]) -> int:
     except BrokenPipeError:
         output.drop_stdout()
         return 0
-    except MemoryError:
-        return _failed(
-            OutputFailed("out of memory", "scan fewer processes at a time: `--pid`, `--name`"), argv
-        )
     except OSError as e:
         if e.errno in OUTPUT_ERRNOS:
             return _failed(OutputFailed(f"writing failed: {e.strerror}"), argv)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -181,18 +182,26 @@ def _chosen(instances: list[Instance], wish: Wish) -> list[Instance]:
     if wish.mix is not None:
         for one in wish.mix:
             if one not in labels:
-                raise Usage(f"no file is of the service {one}", f"they have {', '.join(labels)}")
+                raise Usage(
+                    f"no file is of the service {shlex.quote(one)}",
+                    f"they have {_list(labels)}: each as `--mix {shlex.quote(f'{labels[0]}=1')}`",
+                )
         return [i for i in instances if i.facts.label in wish.mix]
     if label is None and len(labels) > 1:
         raise Usage(
-            f"the files are of several services: {', '.join(labels)}",
-            f"choose one: `--label {labels[0]}`, or say how many of each go together: "
-            f"`--mix {','.join(f'{one}=1' for one in labels)}`",
+            f"the files are of several services: {_list(labels)}",
+            f"choose one: `--label {shlex.quote(labels[0])}`, or say how many of each go together: "
+            f"`--mix {shlex.quote(','.join(f'{one}=1' for one in labels))}`",
         )
     found = [i for i in instances if label is None or i.facts.label == label]
     if not found:
-        raise Usage(f"no file is of the service {label}", f"they have {', '.join(labels)}")
+        raise Usage(f"no file is of the service {label}", f"they have {_list(labels)}")
     return found
+
+
+def _list(labels: Sequence[str]) -> str:
+    """Labels in a row; in quotes where one would read as several."""
+    return ", ".join(f"'{one}'" if "," in one else shlex.quote(one) for one in labels)
 
 
 def _warnings(

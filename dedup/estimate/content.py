@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from dedup import grouping
-from dedup.estimate.sampled import SLACK, Estimate, Present, distinct, told, unknown_but_pages
+from dedup.estimate.sampled import SLACK, Estimate, Present, distinct, nodes_of, told
 from dedup.estimate.unseen import Span
 from dedup.model import merge, steady
 from dedup.model.fate import closed_form
@@ -30,7 +30,6 @@ from dedup.model.merge import (
     RMAP_ITEM_BYTES,
     STABLE_NODE_BYTES,
     Breakdown,
-    Prediction,
 )
 from dedup.pages import FRAME_MASK, Flag
 
@@ -482,11 +481,7 @@ class _Estimator:
         exact = (word & (Flag.EXCLUSIVE | Flag.KSM | Flag.THP)) == Flag.EXCLUSIVE
         if stay.low == stay.high == n and bool(exact.all()):
             return total, leaves, places, Span.of(float(nodes)), Span.of(float(left))
-        some = Span(
-            max(1.0, math.floor(stay.low) / self.limit - 1) if stay.low >= 2 else 0.0,
-            math.ceil(stay.point / self.limit) if stay.point >= 2 else 0.0,
-            math.ceil(stay.high / self.limit) if stay.high >= 2 else 0.0,
-        )
+        some = nodes_of(stay, self.limit)
         if not np.all(word & Flag.EXCLUSIVE):
             # Forks of a node's frame go beyond the limit.
             forked = scaled(
@@ -609,16 +604,9 @@ class _Estimator:
         return self._result(spans, metadata, by_process)
 
     def _result(self, spans: dict[str, Span], metadata: Span, by_process: I64) -> Estimate:
-        values, bounds, point = told(spans, one_look=self.still)
+        breakdown, size = self._breakdown(spans["frames_freed"].point), self.pages.page_size
         return Estimate(
-            Prediction(
-                **values,
-                bounds=bounds,
-                processes=[unknown_but_pages(n, self.pages.page_size) for n in by_process.tolist()],
-                breakdown=self._breakdown(spans["frames_freed"].point),
-                metadata_bytes=math.ceil(metadata.high),
-            ),
-            point,
+            *told(spans, metadata, breakdown, by_process, size, one_look=self.still),
             self.stock.frames,
             self.stock.distinct_frames,
             self.contents + int(np.count_nonzero(self.stock.counted[1:])),

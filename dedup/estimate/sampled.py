@@ -123,15 +123,31 @@ class Frames:
         return np.asarray((self.word & flags) != 0)
 
 
+def nodes_of(mappings: Span, limit: int) -> Span:
+    """Nodes of one content with so many mappings, of which each takes `limit`."""
+    return Span(
+        max(1.0, math.floor(mappings.low) / limit - 1) if mappings.low >= 2 else 0.0,
+        math.ceil(mappings.point / limit) if mappings.point >= 2 else 0.0,
+        math.ceil(mappings.high / limit) if mappings.high >= 2 else 0.0,
+    )
+
+
 def told(
-    spans: Mapping[str, Span], *, one_look: bool
-) -> tuple[dict[str, int | None], dict[str, tuple[int, int]], dict[str, int]]:
-    """Values, bounds and points of a prediction's fields from what they may be.
+    spans: Mapping[str, Span], metadata: Span, breakdown: Breakdown, by_process: I64,
+    page_size: int, *, one_look: bool,
+) -> tuple[Prediction, dict[str, int]]:  # fmt: skip
+    """The prediction from what its fields may be, and their likeliest values.
 
     Parameters
     ----------
     spans : mapping of str to Span
         By field.
+    metadata : Span
+        Bytes of KSM's own records.
+    breakdown : Breakdown
+    by_process : ndarray
+        Pages of each process.
+    page_size : int
     one_look : bool
         Nobody knows what changes then.
     """
@@ -148,7 +164,14 @@ def told(
         values["pages_volatile"] = None
         bounds.pop("pages_volatile", None)
         point.pop("pages_volatile", None)
-    return values, bounds, point
+    prediction = Prediction(
+        **values,
+        bounds=bounds,
+        processes=[unknown_but_pages(n, page_size) for n in by_process.tolist()],
+        breakdown=breakdown,
+        metadata_bytes=math.ceil(metadata.high),
+    )
+    return prediction, point
 
 
 def unknown_but_pages(pages: int, page_size: int) -> ProcessPrediction:
@@ -307,12 +330,7 @@ class _Estimator:
         leaves, places, stay = (
             self._part_of_zeros(some) for some in (huge, placed, ~huge & ~placed)
         )
-        limit = self.rules.max_page_sharing
-        nodes = Span(
-            max(1.0, math.floor(stay.low) / limit - 1) if stay.low >= 2 else 0.0,
-            math.ceil(stay.point / limit) if stay.point >= 2 else 0.0,
-            math.ceil(stay.high / limit) if stay.high >= 2 else 0.0,
-        )
+        nodes = nodes_of(stay, self.rules.max_page_sharing)
         if huge.any():
             nodes += Span(-SLACK, 0, SLACK)
         return leaves + places, places, nodes.at_least(0)
@@ -473,16 +491,10 @@ class _Estimator:
         return self._result(spans, metadata, by_process)
 
     def _result(self, spans: dict[str, Span], metadata: Span, by_process: I64) -> Estimate:
-        values, bounds, point = told(spans, one_look=self.pages.looks == 1)
+        breakdown = self._breakdown(spans["frames_freed"].point)
+        one_look = self.pages.looks == 1
         return Estimate(
-            Prediction(
-                **values,
-                bounds=bounds,
-                processes=[unknown_but_pages(n, self.pages.page_size) for n in by_process.tolist()],
-                breakdown=self._breakdown(spans["frames_freed"].point),
-                metadata_bytes=math.ceil(metadata.high),
-            ),
-            point,
+            *told(spans, metadata, breakdown, by_process, self.pages.page_size, one_look=one_look),
             self.frames,
             self.chosen.sampled,
             len(self.count),

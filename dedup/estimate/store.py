@@ -27,6 +27,7 @@ from dedup.estimate.fingerprints import (
     Facts,
     Instance,
 )
+from dedup.kernel import shortage
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,8 +72,9 @@ INSTALL: Final = "pip install 'dedup-ksm[capacity]'"
 
 def _parquet() -> tuple[ModuleType, ModuleType]:
     try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        with shortage.needed("load pyarrow"):
+            import pyarrow as pa
+            import pyarrow.parquet as pq
     except ImportError as e:
         raise Unsupported("files of fingerprints need pyarrow, which is not here", INSTALL) from e
     return pa, pq

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from dedup.errors import Unsupported
+from dedup.kernel import shortage
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -56,8 +57,10 @@ def require() -> None:
         scipy or highspy is missing.
     """
     try:
-        import highspy  # noqa: F401
-        import scipy.special  # noqa: F401
+        shortage.for_import("scipy")
+        with shortage.needed("load scipy and highspy"):
+            import highspy  # noqa: F401
+            import scipy.special  # noqa: F401
     except ImportError as e:
         raise Unsupported(
             # Which may be there, but not in working order.

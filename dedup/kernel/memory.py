@@ -459,7 +459,7 @@ def _run_threads(
     workers = [threading.Thread(target=work, daemon=True) for _ in range(threads)]
     try:
         for w in workers:
-            w.start()
+            _start(w)
         if meanwhile is not None:
             meanwhile()
         shown = time.monotonic()
@@ -477,3 +477,10 @@ def _run_threads(
         raise
     if failures:
         raise failures[0]
+
+
+def _start(worker: threading.Thread) -> None:
+    try:
+        worker.start()
+    except RuntimeError as e:
+        raise MemoryError("no room for the stack of a reading thread") from e

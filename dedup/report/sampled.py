@@ -12,25 +12,15 @@ from rich.text import Text
 from dedup.report import price, summary
 from dedup.report.hints import typable
 from dedup.report.names import safe
-from dedup.report.table import Column, fitting
-from dedup.report.text import LEFT_OUT_WORDS, count, size, span
+from dedup.report.table import Column, fitting, indented
+from dedup.report.text import COUNTERS, LEFT_OUT_WORDS, count, size, span
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from dedup.sampling import Sampled
 
-COUNTERS: Final = (
-    "frames_freed",
-    "pages_shared",
-    "pages_sharing",
-    "pages_unshared",
-    "pages_volatile",
-    "ksm_zero_pages",
-    "stable_node_chains",
-    "stable_node_dups",
-    "thp_split",
-)
+FIGURES: Final = ("frames_freed", *COUNTERS, "thp_split")
 IN_BYTES: Final = ("saved_bytes", "general_profit")
 WIDE: Final = 0.05
 """Part of the memory from which on a range is worth a larger sample."""
@@ -125,7 +115,7 @@ class SampleView:
 
     def _counters(self) -> list[RenderableType]:
         rows = []
-        for name in (*COUNTERS, *IN_BYTES):
+        for name in (*FIGURES, *IN_BYTES):
             figure = self._figure(name)
             words = size if name in IN_BYTES else "{:,}".format
             if figure is None:
@@ -188,7 +178,7 @@ class SampleView:
             )
         words.append(self._looks())
         parts: list[RenderableType] = [Text("Notes", "bold")]
-        parts += [Padding(Text(w), (0, 0, 0, 2)) for w in (*words, *self._left_out())]
+        parts += [indented(w) for w in (*words, *self._left_out())]
         return parts
 
     def _looks(self) -> str:

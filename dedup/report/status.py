@@ -6,7 +6,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -15,7 +14,7 @@ from dedup.report.hints import as_root
 from dedup.report.jsonout import envelope, host_object
 from dedup.report.names import lossless, safe, shorten
 from dedup.report.price import duration
-from dedup.report.table import Column, fitting
+from dedup.report.table import Column, fitting, indented
 from dedup.report.text import TWO_COLUMNS_FROM, count, size
 
 if TYPE_CHECKING:
@@ -184,12 +183,8 @@ class View:
         if self.status.uses.told:
             parts += [Text(), *self._groups()]
         if notes := self._notes():
-            parts += [Text(), Text("Notes", "bold"), *(self._line(n) for n in notes)]
+            parts += [Text(), Text("Notes", "bold"), *(indented(n) for n in notes)]
         return parts
-
-    @staticmethod
-    def _line(words: str, style: str = "") -> RenderableType:
-        return Padding(Text(words, style), (0, 0, 0, 2))
 
     def _headline(self) -> list[Text]:
         status = self.status
@@ -259,7 +254,7 @@ class View:
             words.append(
                 f"{share(unshared)} of the {count(c.rmap_items, 'page')} followed have no copy"
             )
-        return [*parts, *([self._line("; ".join(words))] if words else [])]
+        return [*parts, *([indented("; ".join(words))] if words else [])]
 
     def _ksmd(self) -> list[RenderableType]:
         status, s = self.status, self.status.sample
@@ -311,7 +306,7 @@ class View:
         parts: list[RenderableType] = [Text(f"{title}, by profit", "bold")]
         if not self.groups:
             words = "none in sight is mergeable" if self.status.uses.hidden else "none is mergeable"
-            return [*parts, self._line(words)]
+            return [*parts, indented(words)]
         columns = [
             Column("MERGING", 6),
             Column("ZERO", 2),
@@ -353,7 +348,7 @@ class View:
         if rest:
             profit = size(sum(g.ksm_process_profit for g in rest))
             parts.append(
-                self._line(
+                indented(
                     f"and {len(rest)} more, with {profit} of profit (--top {len(self.groups)})",
                     "dim",
                 )
@@ -412,7 +407,7 @@ class View:
             steps.append(("see what is worth merging", as_root("dedup scan --all --by name")))
         parts: list[RenderableType] = []
         for why, line in steps:
-            parts += [Text("Next: ", "bold") + Text(why), self._line(line, "cyan")]
+            parts += [Text("Next: ", "bold") + Text(why), indented(line, "cyan")]
         return [Text(), *parts] if parts else []
 
 

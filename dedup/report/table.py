@@ -20,6 +20,11 @@ NAME_LEAST: Final = 14
 """Columns that a name gets before others are left out for it."""
 
 
+def indented(words: str, style: str = "") -> RenderableType:
+    """A line below a title."""
+    return Padding(Text(words, style), (0, 0, 0, 2))
+
+
 @dataclass(slots=True)
 class Column:
     """A column of a table; those with the lowest `keep` go first where it is narrow."""

@@ -14,7 +14,7 @@ from rich.text import Text
 from dedup.report import price, summary
 from dedup.report.hints import as_root, typable
 from dedup.report.names import ANONYMOUS, safe, shorten
-from dedup.report.table import Column, fitting
+from dedup.report.table import Column, fitting, indented
 from dedup.report.why import FREED_CODES, KERNELS_OWN, NO_MEMORY, Why
 
 if TYPE_CHECKING:
@@ -32,6 +32,16 @@ TOP: Final = 8
 TOP_LEAST: Final = 3
 """Rows of a table, and of one in which nothing would merge."""
 TOP_CONTENTS: Final = 5
+COUNTERS: Final = (
+    "pages_shared",
+    "pages_sharing",
+    "pages_unshared",
+    "pages_volatile",
+    "ksm_zero_pages",
+    "stable_node_chains",
+    "stable_node_dups",
+)
+"""The kernel's, in pages and nodes, as they are listed."""
 TWO_COLUMNS_FROM: Final = 72
 NAMES: Final = 2
 """Names listed, where there are many."""
@@ -226,15 +236,7 @@ class View:
 
     def _counters(self) -> list[RenderableType]:
         cells = []
-        for name in (
-            "pages_shared",
-            "pages_sharing",
-            "pages_unshared",
-            "pages_volatile",
-            "ksm_zero_pages",
-            "stable_node_chains",
-            "stable_node_dups",
-        ):
+        for name in COUNTERS:
             r = self._range(name)
             cells.append((name, "unknown" if r is None else span(*r)))
         cells.append(("general_profit", span(*self._known("general_profit"), in_bytes=True)))
@@ -496,7 +498,7 @@ class View:
                 f"{code.replace('_', ' ')} {'?' if n is None else size(n * pages.page_size)}"
                 for code, n in self.why.by_region[i].items()
             )
-            parts.append(self._line(f"{where}: {goes}"))
+            parts.append(indented(f"{where}: {goes}"))
         return parts if most else []
 
     def _each_region(self) -> list[_Row]:
@@ -556,14 +558,10 @@ class View:
             return []
         parts: list[RenderableType] = [Text("Left alone", "bold")]
         for reason, (n, total) in sorted(sums.items(), key=lambda item: -item[1][1]):
-            parts.append(self._line(f"{count(n, 'mapping')}, {size(total)}: {reason}"))
+            parts.append(indented(f"{count(n, 'mapping')}, {size(total)}: {reason}"))
         return parts
 
     # -- notes and advice ----------------------------------------------------------------------
-
-    @staticmethod
-    def _line(words: str, style: str = "") -> RenderableType:
-        return Padding(Text(words, style), (0, 0, 0, 2))
 
     def _notes(self) -> list[RenderableType]:
         scan = self.scan
@@ -603,14 +601,14 @@ class View:
             )
         if not scan.tunables:
             words.append("This kernel has no KSM: the figures are for one with the defaults.")
-        parts: list[RenderableType] = [Text("Notes", "bold"), *(self._line(w) for w in words)]
+        parts: list[RenderableType] = [Text("Notes", "bold"), *(indented(w) for w in words)]
         if not scan.complete:
             parts += [Text("Left out", "bold yellow")]
             for entry in summary.left_out(scan.pages.skipped):
-                parts.append(self._line(self._left_out(entry)))
+                parts.append(indented(self._left_out(entry)))
             if scan.tally.unread_pages:
                 parts.append(
-                    self._line(f"{count(scan.tally.unread_pages, 'page')} could not be read")
+                    indented(f"{count(scan.tally.unread_pages, 'page')} could not be read")
                 )
         return parts
 
@@ -715,7 +713,7 @@ class View:
         parts: list[RenderableType] = [Text()]
         for i, (why, line) in enumerate(self.next_steps()):
             parts.append(Text("Next: " if i == 0 else "Then: ", "bold") + Text(why))
-            parts.append(self._line(line, "cyan"))
+            parts.append(indented(line, "cyan"))
         return parts
 
     def next_steps(self) -> list[tuple[str, str]]:

@@ -22,7 +22,7 @@ from dedup.errors import (
     OutputFailed,
     ProcessGone,
 )
-from dedup.kernel import family, maps, memory, numa, pagemap, processes
+from dedup.kernel import family, maps, memory, numa, pagemap, processes, shortage
 from dedup.kernel import ksm as ksm_interface
 from dedup.model import guests
 from dedup.model.eligibility import why_not
@@ -140,6 +140,7 @@ class LiveSource:
                 "choose processes that go on, or look once: `--passes 1`",
             )
 
+    @shortage.needed("read the pages")
     def first_look(self) -> Pages:
         """Look for the first time.
 
@@ -195,6 +196,7 @@ class LiveSource:
         )
         self._stored = slice(before, self._store.used)
 
+    @shortage.needed("read the pages again")
     def look_again(self, only: Bool | None = None) -> Pages:
         """Look once more: pages whose content differs become volatile.
 

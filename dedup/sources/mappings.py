@@ -60,11 +60,12 @@ KERNELS_OWN: Final = {
 }
 WITHOUT_PAGES: Final = frozenset({"[vvar]", "[vvar_vclock]", "[vsyscall]"})
 """What lies there is no page of its own to smaps."""
-_PLAIN: Final = re.compile(
-    rb"^([0-9a-f]+)-([0-9a-f]+) (?!---)...p [0-9a-f]+ 00:00 0 *(?:\[(?:heap|anon:.*)\])?$",
+_ANONYMOUS: Final = re.compile(
+    rb"^(([0-9a-f]+)-([0-9a-f]+)) (...)p [0-9a-f]+ 00:00 0 *(?:\[(?:heap|stack|anon:.*)\])?$",
     re.MULTILINE,
 )
-"""A private anonymous mapping with access in /proc/PID/maps: where it begins and ends."""
+"""A private anonymous mapping in /proc/PID/maps: where it lies, begins and ends, and its access."""
+NO_ACCESS: Final = b"---"
 SHARED_MEMORY: Final = b"/dev/zero (deleted)"
 """Shared anonymous memory: on a tmpfs that is mounted nowhere."""
 
@@ -129,26 +130,34 @@ def _without_smaps(
         return None
     fd = handle.open("pagemap")
     try:
+        anonymous = _ANONYMOUS.findall(text)
         # At once, since it is what mostly decides: most of it will be huge pages, too.
-        if _begins_huge(fd, *_largest(text, within), sight):
+        if _begins_huge(fd, *_largest(anonymous, within), sight):
             return None
-        return _listed(handle, fd, text, sight, within)
+        access = {where: how for where, _, _, how in anonymous}
+        return _listed(handle, fd, text, access, sight, within)
     finally:
         os.close(fd)
 
 
-def _largest(text: bytes, within: tuple[int, int]) -> tuple[int, int]:
-    """Start and end of the largest private anonymous mapping; (0, 0) for none."""
+def _largest(
+    anonymous: Sequence[tuple[bytes, bytes, bytes, bytes]], within: tuple[int, int]
+) -> tuple[int, int]:
+    """Start and end of the largest private anonymous mapping with access; (0, 0) for none."""
     low, high = within
-    spans = ((int(a, 16), int(b, 16)) for a, b in _PLAIN.findall(text))
+    spans = ((int(a, 16), int(b, 16)) for _, a, b, how in anonymous if how != NO_ACCESS)
     inside = ((max(a, low), min(b, high)) for a, b in spans)
     return max(inside, key=lambda span: span[1] - span[0], default=(0, 0))
 
 
 def _listed(
-    handle: Handle, fd: int, text: bytes, sight: Sight, within: tuple[int, int]
-) -> list[maps.Mapping] | None:
-    """The mappings in the text of maps; None where they can't be known so."""
+    handle: Handle, fd: int, text: bytes, access: Mapping[bytes, bytes], sight: Sight,
+    within: tuple[int, int],
+) -> list[maps.Mapping] | None:  # fmt: skip
+    """The mappings in the text of maps; None where they can't be known so.
+
+    `access` has those that are private and anonymous.
+    """
     # Not splitlines: the kernel writes \012 for a line break in a name, and \r as it is.
     lines = text.split(b"\n")[:-1]
     low, high = within
@@ -169,11 +178,12 @@ def _listed(
             return None  # shown twice, for it grew meanwhile: `maps.parse` knows what to do
         name, i = name.lstrip(b" "), len(found)
         found.append(maps.mapping(start, end, perms, name, nothing))
-        if inode != b"0" or not perms.endswith(b"p") or not _is_anonymous(name):
+        how = access.get(where)
+        if how is None:
             rest.append((i, where, perms, device, inode, name))
             continue
         bare.append(i)
-        if end - start >= SMALL_BYTES and not perms.startswith(b"---"):
+        if how != NO_ACCESS and end - start >= SMALL_BYTES:
             plain.append(i)
     sizes = sum(found[i].end - found[i].start for i in plain)
     if not plain or sizes * DENSE > handle.info.anonymous_bytes:
@@ -200,10 +210,6 @@ def _listed(
     found = _counted(fd, found)
     huge_bytes = sum(m.anon_huge_bytes for m in found)
     return found if huge_bytes <= HUGE_MOST * sizes else None
-
-
-def _is_anonymous(name: bytes) -> bool:
-    return not name or name in {b"[heap]", b"[stack]"} or name.startswith(b"[anon:")
 
 
 def _flags(

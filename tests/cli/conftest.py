@@ -121,9 +121,12 @@ def dedup_nobody() -> Dedup:
     return run
 
 
-def start_target(prefix: tuple[str, ...], python: str, name: str) -> subprocess.Popen[str]:
+def start_program(
+    program: str, *words: str, prefix: tuple[str, ...] = (), python: str = sys.executable
+) -> subprocess.Popen[str]:
+    """Start a Python program that says "ready" once its memory is made; `end` ends it."""
     process = subprocess.Popen(
-        [*prefix, python, "-c", TARGET, *([name] if name else [])],
+        [*prefix, python, "-c", program, *words],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -141,6 +144,14 @@ def end(process: subprocess.Popen[str]) -> None:
             stream.close()
 
 
+@pytest.fixture(scope="module")
+def process(request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[str]]:
+    """The module's TARGET, running."""
+    started = start_program(request.module.TARGET)
+    yield started
+    end(started)
+
+
 @pytest.fixture
 def start() -> Iterator[Start]:
     """Start processes with EQUAL_PAGES equal pages each; they end with the test."""
@@ -149,7 +160,8 @@ def start() -> Iterator[Start]:
     def one(
         prefix: tuple[str, ...] = (), python: str = sys.executable, name: str = ""
     ) -> subprocess.Popen[str]:
-        started.append(start_target(prefix, python, name))
+        words = (name,) if name else ()
+        started.append(start_program(TARGET, *words, prefix=prefix, python=python))
         return started[-1]
 
     yield one

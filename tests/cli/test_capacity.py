@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -387,9 +388,39 @@ def test_a_mix(dedup: Dedup, services: list[str]) -> None:
     assert one["mix"]["shared_frames"] == 0
 
 
+def test_a_mix_of_labels_with_commas(dedup: Dedup, services: list[str]) -> None:
+    """A comma ends a part only behind its number; each part may have an option of its own."""
+    for path in services:
+        one = store.load(Path(path))
+        if one.facts.label == "worker":
+            store.save(replace(one, facts=replace(one.facts, label="a,b c")), Path(path))
+    mixed = [
+        dedup("capacity", *services, *words, "--json").json["mix"]
+        for words in (
+            ("--mix", "web=5,a,b c=7"),
+            ("--mix", "a,b c=7,web=5"),
+            ("--mix", "web=5", "--mix", "a,b c=7"),
+        )
+    ]
+    labels = [{s["label"]: s["instances"] for s in mix["services"]} for mix in mixed]
+    assert labels == [{"web": 5, "a,b c": 7}] * 3
+    assert {mix["frames"] for mix in mixed} == {SHARED + 12 * OWN}
+    # What is proposed can be typed.
+    hint = dedup("capacity", *services, "--json").json["error"]["hint"]
+    words = next(part for part in hint.split("`") if part.startswith("--mix"))
+    assert dedup("capacity", *services, *shlex.split(words)).status == 0
+    unknown = dedup("capacity", *services, "--mix", "a=1,b c=1", "--json")
+    assert (unknown.status, unknown.json["error"]["code"]) == (2, "usage")
+    assert "they have 'a,b c', web" in unknown.json["error"]["hint"]
+    twice = dedup("capacity", *services, "--mix", "web=1", "--mix", "web=2")
+    assert twice.status == 2
+    assert "names web twice" in " ".join(twice.err.split())
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
-    [("web", "no service and number"), ("web=0", "1 to"), ("web=1,web=2", "twice"),
+    [("web", "type `--mix web=12`, or of several"), ("web=1,", "no service and number"),
+     ("web", "no service and number"), ("web=0", "1 to"), ("web=1,web=2", "twice"),
      ("=3", "no service and number"), ("web=x", "no service and number"),
      ("web=99999", "1 to"), ("none=1", "no file is of the service none"), ("", "no service")],
 )  # fmt: skip

@@ -13,20 +13,16 @@ import pytest
 
 import dedup as package
 from dedup.errors import Refused, Usage
+from dedup.model.merge import FIELDS
 from dedup.report.sampled import part_of
 from dedup.sampling import Sampled
 from dedup.scanning import Scan
 
-from .conftest import REPOSITORY, Dedup, end, environment, on_terminal
+from .conftest import REPOSITORY, Dedup, end, environment, on_terminal, start_program
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-FIELDS = (
-    "pages_shared", "pages_sharing", "pages_unshared", "pages_volatile", "ksm_zero_pages",
-    "stable_node_chains", "stable_node_dups", "general_profit", "frames_freed", "saved_bytes",
-    "thp_split",
-)  # fmt: skip
 # Whatever the host has at the moment.
 DEFAULTS = ("--tunable", "max_page_sharing=256", "--tunable", "use_zero_pages=0",
             "--interval", "0.05")  # fmt: skip
@@ -70,20 +66,10 @@ sys.exit(done)
 """
 
 
-def start(number: int, *more: str) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", TARGET, str(number), *more],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    return process
-
-
 @pytest.fixture(scope="module")
 def chosen() -> Iterator[tuple[str, ...]]:
     """Two processes with 90,000 pages each: the words that choose them."""
-    started = [start(1), start(2)]
+    started = [start_program(TARGET, "1"), start_program(TARGET, "2")]
     yield tuple(word for p in started for word in ("--pid", str(p.pid)))
     for p in started:
         end(p)
@@ -161,7 +147,7 @@ def test_all_zero_pages_and_heavy_contents_are_counted(
 
 
 def test_pages_told_by_their_frames_fit_sooner(dedup: Dedup, least: int) -> None:
-    started = [start(1, "unlocked"), start(2, "unlocked")]
+    started = [start_program(TARGET, "1", "unlocked"), start_program(TARGET, "2", "unlocked")]
     chosen = [word for p in started for word in ("--pid", str(p.pid))]
     try:
         result = dedup("scan", *chosen, "--memory", f"{least}M", "--json", *DEFAULTS)
@@ -276,7 +262,7 @@ def test_no_size(dedup: Dedup, size: str) -> None:
 
 def test_volatile_pages(dedup: Dedup) -> None:
     """Pages of any content, counted ones and zeros too, that are written to all the time."""
-    writers = [start(n, "write") for n in (1, 2)]
+    writers = [start_program(TARGET, n, "write") for n in ("1", "2")]
     chosen = [word for p in writers for word in ("--pid", str(p.pid))]
     try:
         told = dedup("scan", *chosen, "--memory", "1M").err

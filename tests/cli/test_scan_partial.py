@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
-from .conftest import Dedup, end, on_terminal
+from .conftest import Dedup, on_terminal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    import subprocess
 
 TARGET = """
 import mmap, sys
@@ -26,17 +24,6 @@ sys.stdin.read()
 """
 LOOKS = ("--interval", "0.05", "--partial-passes")
 UNREAD = {"pages_unshared", "pages_volatile"}
-
-
-@pytest.fixture(scope="module")
-def process() -> Iterator[subprocess.Popen[str]]:
-    started = subprocess.Popen(
-        [sys.executable, "-c", TARGET], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert started.stdout is not None
-    assert started.stdout.readline() == "ready\n"
-    yield started
-    end(started)
 
 
 def test_json(dedup: Dedup, process: subprocess.Popen[str]) -> None:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from dedup import sampling, scanning
 from dedup.errors import Refused
+from dedup.model.merge import FIELDS
 from dedup.sources import speed
 
-from .conftest import Dedup, end, on_terminal
+from .conftest import Dedup, end, on_terminal, start_program
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    import subprocess
 
 pytest.importorskip("scipy")
 pytest.importorskip("highspy")
@@ -35,27 +34,8 @@ for i, name in enumerate(names):
 print("ready", flush=True)
 sys.stdin.read()
 """
-FIELDS = (
-    "pages_shared", "pages_sharing", "pages_unshared", "pages_volatile", "ksm_zero_pages",
-    "stable_node_chains", "stable_node_dups", "general_profit", "frames_freed", "saved_bytes",
-    "thp_split",
-)  # fmt: skip
-
-
 # Whatever the host has at the moment.
 DEFAULTS = ("--tunable", "max_page_sharing=256", "--tunable", "use_zero_pages=0")
-
-
-@pytest.fixture(scope="module")
-def process() -> Iterator[subprocess.Popen[str]]:
-    """A process with 60,000 pages."""
-    started = subprocess.Popen(
-        [sys.executable, "-c", TARGET], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert started.stdout is not None
-    assert started.stdout.readline() == "ready\n"
-    yield started
-    end(started)
 
 
 def held(sample: dict[str, Any], full: dict[str, Any]) -> None:
@@ -228,12 +208,8 @@ while True:
     for i in range(0, 50_000, 10):
         memory[i * PAGE + 64 : i * PAGE + 72] = n.to_bytes(8, "little")
 """
-    writer = subprocess.Popen(
-        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    writer = start_program(program)
     try:
-        assert writer.stdout is not None
-        writer.stdout.readline()
         scan = dedup(
             "scan", "--pid", str(writer.pid), "--sample", "20%", "--interval", "0.3", "--json"
         ).json

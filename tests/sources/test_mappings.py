@@ -251,7 +251,7 @@ def test_too_many_are_left_to_smaps_at_once(
 ) -> None:
     """Nothing is searched for in their text."""
     monkeypatch.setattr(mappings, "MOST_MAPPINGS", 3)
-    monkeypatch.setattr(mappings, "_PLAIN", None)
+    monkeypatch.setattr(mappings, "_ANONYMOUS", None)
     assert without_smaps(target.pid) is None
 
 
