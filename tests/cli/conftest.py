@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import shutil
 import subprocess
@@ -195,6 +196,11 @@ class Terminal:
 
     status: int
     screen: str
+
+    @property
+    def lines(self) -> list[str]:
+        """Without what moves the cursor or colours: a progress bar comes only where it takes long."""
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.screen).splitlines()
 
 
 def on_terminal(args: list[str], columns: int = 80, **more: str) -> Terminal:

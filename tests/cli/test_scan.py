@@ -59,7 +59,7 @@ def test_narrow_terminal(target: subprocess.Popen[str], columns: int) -> None:
     args = ["scan", "--pid", str(target.pid), *QUICK, "--by", "name", "-v", "--color", "never"]
     shown = on_terminal(args, columns)
     assert shown.status == 0
-    shown_lines = shown.screen.splitlines()
+    shown_lines = shown.lines
     assert max(map(len, shown_lines)) <= columns
     assert "Next:" in shown.screen
 

@@ -180,7 +180,7 @@ def test_narrow_terminal(chosen: tuple[str, ...], least: int, columns: int) -> N
     args = ["scan", *chosen, "--memory", f"{least}M", "--passes", "1", "-v", "--color", "never"]
     shown = on_terminal(args, columns)
     assert shown.status == 0
-    assert max(map(len, shown.screen.splitlines())) <= columns
+    assert max(map(len, shown.lines)) <= columns
     assert re.search(r"thp_split +(0 +)?0, exact", shown.screen), "a figure, however narrow"
 
 

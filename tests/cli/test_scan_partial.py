@@ -74,7 +74,7 @@ def test_terminal(process: subprocess.Popen[str], columns: int) -> None:
     args = ["scan", "--pid", str(process.pid), *LOOKS, "-v", "--color", "never"]
     shown = on_terminal(args, columns)
     assert shown.status == 0
-    assert max(map(len, shown.screen.splitlines())) <= columns
+    assert max(map(len, shown.lines)) <= columns
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_narrow_terminal(process: subprocess.Popen[str], columns: int) -> None:
             "--color", "never"]  # fmt: skip
     shown = on_terminal(args, columns)
     assert shown.status == 0
-    assert max(map(len, shown.screen.splitlines())) <= columns
+    assert max(map(len, shown.lines)) <= columns
 
 
 @pytest.mark.parametrize(
