@@ -125,7 +125,10 @@ def dedup_nobody() -> Dedup:
 def start_program(
     program: str, *words: str, prefix: tuple[str, ...] = (), python: str = sys.executable
 ) -> subprocess.Popen[str]:
-    """Start a Python program that says "ready" once its memory is made; `end` ends it."""
+    """Start a Python program that says "ready" once its memory is made; `end` ends it.
+
+    It has to wait for something then: until it does, its heap still changes.
+    """
     process = subprocess.Popen(
         [*prefix, python, "-c", program, *words],
         stdin=subprocess.PIPE,
@@ -134,6 +137,8 @@ def start_program(
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
+    stat = Path(f"/proc/{process.pid}/stat")
+    wait_for(lambda: stat.read_text().rpartition(")")[2].split()[0] == "S")
     return process
 
 

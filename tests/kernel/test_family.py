@@ -122,7 +122,8 @@ def test_adopted_orphans() -> None:
         "import subprocess, os\n"
         "from dedup.kernel import family\n"
         "family.adopt_orphans()\n"
-        "words = ['sh', '-c', '(cat & echo $!)']\n"
+        # In the background it would have /dev/null for its stdin, and end before its parent.
+        "words = ['sh', '-c', 'exec 3<&0; (cat <&3 & echo $!)']\n"
         "p = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)\n"
         "orphan = int(p.stdout.readline()); p.wait()\n"
         "print(family.descendants(os.getpid()) == [orphan])\n"

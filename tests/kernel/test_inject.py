@@ -179,6 +179,10 @@ def test_a_stopped_process_stays_stopped() -> None:
         while state(wait.pid)[0] != "T":
             time.sleep(0.001)
         ask(wait.pid, 3)
+        # Let go, it stops by itself, as soon as it gets a core.
+        deadline = time.monotonic() + 10
+        while state(wait.pid) == ("R", "0") and time.monotonic() < deadline:
+            time.sleep(0.001)
         assert state(wait.pid) == ("T", "0")
         os.kill(wait.pid, signal.SIGCONT)
         assert wait.finish() == "ok"
