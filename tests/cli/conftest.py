@@ -204,7 +204,7 @@ class Terminal:
 
     @property
     def lines(self) -> list[str]:
-        """Without what moves the cursor or colours: a progress bar comes only where it takes long."""
+        """Without what moves the cursor: a progress bar comes only where it takes long."""
         return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.screen).splitlines()
 
 
