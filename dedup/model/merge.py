@@ -6,7 +6,7 @@ Sources: mm/ksm.c (cmp_and_merge_page, stable_node_dup, try_to_merge_one_page), 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
@@ -14,17 +14,23 @@ import numpy as np
 from dedup.model import fate, pins
 from dedup.model.fate import Members, closed_form
 from dedup.model.order import ON_ZERO_PAGE, Memory, Scanner
+from dedup.model.prediction import (
+    RMAP_ITEM_BYTES,
+    STABLE_NODE_BYTES,
+    Breakdown,
+    Prediction,
+    ProcessPrediction,
+    Range,
+)
 from dedup.pages import FRAME_MASK, NO_FLAG, Flag
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dedup.model.fate import Fate
+    from dedup.model.prediction import Rules
     from dedup.pages import I64, U32, U64, Bool, Groups, Index, Nodes, Owners, Pages, Sums
 
-RMAP_ITEM_BYTES: Final = 64
-STABLE_NODE_BYTES: Final = 64
-"""Slab sizes of struct ksm_rmap_item and ksm_stable_node on 64-bit kernels."""
 
 NOT_SIMPLE: Final = Flag.KSM | Flag.ZERO | Flag.OUTSIDE | Flag.HIDDEN
 """Flags of pages for which more than their number decides."""
@@ -45,112 +51,10 @@ _INT64_BITS: Final = 63
 LINKED_MOST: Final = 1 << 18
 """Mappings that are scanned one by one at the most, where that makes ranges one number: 1 s."""
 
-FIELDS: Final = (
-    "pages_shared",
-    "pages_sharing",
-    "pages_unshared",
-    "pages_volatile",
-    "ksm_zero_pages",
-    "stable_node_chains",
-    "stable_node_dups",
-    "general_profit",
-    "frames_freed",
-    "saved_bytes",
-    "thp_split",
-)
-PROCESS_FIELDS: Final = (
-    "ksm_rmap_items",
-    "ksm_zero_pages",
-    "ksm_merging_pages",
-    "ksm_process_profit",
-)
-
 
 DEPENDS: Final = Flag.DUPLICATE | Flag.KSM | Flag.ZERO
 """Flags of pages that savings depend on: a page like no other merges only if it is all zero, with
 `use_zero_pages` or by the split of its huge page, or was merged before."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """The tunables that decide what merges."""
-
-    max_page_sharing: int = 256
-    use_zero_pages: bool = False
-    order_known: bool = False
-    """Whether ksmd comes by the processes in the order of `Pages.processes`."""
-    merge_across_nodes: bool = True
-    """Off: only copies on the same NUMA node merge (`Pages.nodes`)."""
-
-
-@dataclass(slots=True)
-class Range:
-    """A figure that may not be one number."""
-
-    low: int = 0
-    high: int = 0
-
-    def add(self, low: int, high: int | None = None) -> None:
-        """Add a number, or a range."""
-        self.low += int(low)
-        self.high += int(low if high is None else high)
-
-    @property
-    def value(self) -> int | None:
-        """The number, None where it is a range."""
-        return self.low if self.low == self.high else None
-
-
-@dataclass(frozen=True, slots=True)
-class ProcessPrediction:
-    """ksm_stat of one process once ksmd has converged; pages, profit in bytes."""
-
-    ksm_rmap_items: int | None
-    ksm_zero_pages: int | None
-    ksm_merging_pages: int | None
-    ksm_process_profit: int | None
-    bounds: dict[str, tuple[int, int]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Breakdown:
-    """Where the frames freed come from: pages, adding up to about `frames_freed`.
-
-    Mappings, where frame numbers are hidden.
-    """
-
-    zero_pages: int
-    """All-zero pages, those given back by splits of huge pages included."""
-    within_processes: int
-    """Other copies of a content inside one process."""
-    across_processes: int
-    """Other copies of a content in different processes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """The kernel's counters once ksmd has converged, smart scan off.
-
-    Pages, but `general_profit` and `saved_bytes` in bytes and `thp_split` in huge pages. None
-    where the result is not one number; `bounds` then has the lowest and the highest.
-    """
-
-    pages_shared: int | None
-    pages_sharing: int | None
-    pages_unshared: int | None
-    pages_volatile: int | None
-    ksm_zero_pages: int | None
-    stable_node_chains: int | None
-    stable_node_dups: int | None
-    general_profit: int | None
-    frames_freed: int | None
-    saved_bytes: int | None
-    thp_split: int | None
-    bounds: dict[str, tuple[int, int]]
-    processes: list[ProcessPrediction]
-    breakdown: Breakdown
-    metadata_bytes: int
-    """Memory of rmap_items and stable nodes."""
 
 
 @dataclass(slots=True)

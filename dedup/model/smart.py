@@ -22,7 +22,7 @@ from dedup.pages import FRAME_MASK, NO_FLAG, Flag
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dedup.model.merge import Prediction, Rules
+    from dedup.model.prediction import Prediction, Rules
     from dedup.pages import I64, Bool, Groups, Pages
 
 PERIOD: Final = 9

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from dedup.model import merge
+from dedup.model.prediction import RMAP_ITEM_BYTES
 from dedup.pages import NO_FLAG, Flag
 
 if TYPE_CHECKING:
@@ -130,8 +131,7 @@ def services(scan: Scan, by: By) -> list[Service]:
             processes=int(count[i]),
             pages=int(mappings[i]),
             frames_freed_alone=int(frames[i]),
-            saved_alone_bytes=int(frames[i]) * pages.page_size
-            - int(mappings[i]) * merge.RMAP_ITEM_BYTES,
+            saved_alone_bytes=int(frames[i]) * pages.page_size - int(mappings[i]) * RMAP_ITEM_BYTES,
         )
         for i, name in enumerate(names)
     ]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dedup import grouping
 from dedup.model import explain, merge
 from dedup.model.explain import FREED, End
-from dedup.model.merge import Rules
+from dedup.model.prediction import Rules
 from dedup.pages import FRAME_MASK, Flag, Groups, Pages
 from tests.model.layouts import UNIQUE, Layout, layouts, prediction
 from tests.model.simulator import ZERO

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dedup import grouping
-from dedup.model.merge import PROCESS_FIELDS, Prediction, Rules, _Model, predict
+from dedup.model.merge import _Model, predict
+from dedup.model.prediction import PROCESS_FIELDS, Prediction, Rules
 from dedup.pages import FRAME_MASK, Flag
 from tests.model.layouts import UNIQUE, Layout, layouts, prediction
 from tests.model.simulator import ZERO
