@@ -13,6 +13,7 @@ import numpy as np
 
 from dedup.model import fate, pins
 from dedup.model.fate import Members, closed_form
+from dedup.model.numa import by_node
 from dedup.model.order import ON_ZERO_PAGE, Memory, Scanner
 from dedup.model.prediction import (
     RMAP_ITEM_BYTES,
@@ -25,11 +26,9 @@ from dedup.model.prediction import (
 from dedup.pages import FRAME_MASK, NO_FLAG, Flag
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from dedup.model.fate import Fate
     from dedup.model.prediction import Rules
-    from dedup.pages import I64, U32, U64, Bool, Groups, Index, Nodes, Owners, Pages, Sums
+    from dedup.pages import I64, U32, U64, Bool, Groups, Index, Owners, Pages, Sums
 
 
 NOT_SIMPLE: Final = Flag.KSM | Flag.ZERO | Flag.OUTSIDE | Flag.HIDDEN
@@ -1275,38 +1274,6 @@ class _Model:
         return out
 
 
-def by_node(pages: Pages, groups: Groups, nodes: Nodes) -> tuple[Groups, Index]:
-    """Divide contents by NUMA node, as KSM does with `merge_across_nodes` 0.
-
-    Source: mm/ksm.c, get_kpfn_nid(): each node has its own trees.
-
-    Returns
-    -------
-    tuple of Groups and array
-        Contents with two copies or more on one node; pages that are alone on theirs.
-    """
-    kept, counts, lonely = zip(
-        *(_piece_by_node(pages, piece, nodes) for piece in groups.pieces()), strict=True
-    )
-    offsets = np.concatenate(([0], np.cumsum(np.concatenate(counts))))
-    order = np.concatenate(kept)
-    return replace(groups, order=order, offsets=offsets.astype(np.int64)), np.concatenate(lonely)
-
-
-def _piece_by_node(pages: Pages, groups: Groups, nodes: Nodes) -> tuple[U32, I64, U32]:
-    """The pages of contents with copies on one node, how many each has, and the lonely pages."""
-    order, sizes = groups.of(np.ones(len(groups.offsets) - 1, bool))
-    group = np.repeat(np.arange(len(sizes)), sizes)
-    node = nodes.of((pages.frames[order] & FRAME_MASK).astype(np.int64))
-    by_node = np.lexsort((node, group))
-    index, group, node = order[by_node], group[by_node], node[by_node]
-    first = np.ones(len(index), bool)
-    first[1:] = (group[1:] != group[:-1]) | (node[1:] != node[:-1])
-    counts = np.diff(np.append(np.flatnonzero(first), len(index)))
-    several = np.repeat(counts >= 2, counts)
-    return index[several], counts[counts >= 2], index[~several]
-
-
 def _joined(a: _Copies, b: _Copies) -> _Copies:
     """The contents of both, those of `b` numbered after those of `a`."""
     names = [n for n in _Copies.__slots__ if n not in {"group", "groups"}]
@@ -1371,46 +1338,3 @@ def _mappings(group: I64, frame: I64) -> tuple[I64, I64]:
         at = np.flatnonzero(_starts(g) | _starts(f))
         of = g[at]
     return of, np.diff(np.append(at, len(group)))
-
-
-def savings_alone(pages: Pages, groups: Groups, labels: Sequence[int]) -> I64:
-    """Frames that each label's processes would free if they alone were mergeable.
-
-    Parameters
-    ----------
-    pages, groups
-        As for `predict`.
-    labels : sequence of int
-        Label of each process, 0 to the number of labels less one.
-
-    Returns
-    -------
-    int64 array
-        Frames by label, by the count of distinct contents (`max_page_sharing` aside).
-    """
-    label = np.asarray(labels, np.int64)
-    total = np.zeros(int(label.max()) + 1 if len(label) else 0, np.int64)
-    owners = pages.owners()
-    for piece in groups.pieces():
-        _add_alone(total, pages, piece, label, owners)
-    return total
-
-
-def _add_alone(total: I64, pages: Pages, groups: Groups, label: I64, owners: Owners) -> None:
-    index, sizes = groups.of(np.ones(len(groups.offsets) - 1, bool))
-    if not len(index):
-        return
-    word = pages.frames[index]
-    frame = (word & FRAME_MASK).astype(np.int64)
-    hidden = (word & Flag.HIDDEN) != 0
-    frame[hidden] = -1 - index[hidden].astype(np.int64)
-    group = np.repeat(np.arange(len(sizes)), sizes)
-    mine = label[owners.of(index)]
-    order = np.lexsort((frame, group, mine))
-    m, g, f = mine[order], group[order], frame[order]
-    new_pair = np.ones(len(m), bool)
-    new_pair[1:] = (m[1:] != m[:-1]) | (g[1:] != g[:-1])
-    new_frame = new_pair.copy()
-    new_frame[1:] |= f[1:] != f[:-1]
-    np.add.at(total, m[new_frame], 1)
-    np.add.at(total, m[new_pair], -1)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from dedup.model import merge
+from dedup.model.alone import savings_alone
 from dedup.model.prediction import RMAP_ITEM_BYTES
 from dedup.pages import NO_FLAG, Flag
 
@@ -121,7 +122,7 @@ def services(scan: Scan, by: By) -> list[Service]:
     names = sorted({_label(p, by) for p in pages.processes})
     place = {name: i for i, name in enumerate(names)}
     labels = [place[_label(p, by)] for p in pages.processes]
-    frames = merge.savings_alone(pages, scan.groups, labels)
+    frames = savings_alone(pages, scan.groups, labels)
     count = np.bincount(labels, minlength=len(names))
     mappings = np.zeros(len(names), np.int64)
     np.add.at(mappings, labels, by_process(pages, by_region(pages).pages))
