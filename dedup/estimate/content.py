@@ -24,8 +24,8 @@ from dedup import grouping
 from dedup.estimate.sampled import SLACK, Estimate, Present, distinct, told, unknown_but_pages
 from dedup.estimate.unseen import Span
 from dedup.model import merge, steady
+from dedup.model.copies import NOT_STABLE
 from dedup.model.fate import closed_form
-from dedup.model.merge import NOT_STABLE
 from dedup.model.prediction import RMAP_ITEM_BYTES, STABLE_NODE_BYTES, Breakdown, Prediction
 from dedup.pages import FRAME_MASK, Flag
 

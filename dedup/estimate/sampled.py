@@ -14,7 +14,7 @@ import numpy as np
 
 from dedup.errors import Refused
 from dedup.estimate.unseen import CONFIDENCE, Seen, Span, Unseen, scaled, times_of
-from dedup.model.merge import ABSENT, NOT_STABLE
+from dedup.model.copies import ABSENT, NOT_STABLE
 from dedup.model.prediction import (
     FIELDS,
     RMAP_ITEM_BYTES,

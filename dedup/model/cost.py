@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 import numpy as np
 
 from dedup.model import smart
-from dedup.model.merge import CHUNK_PAGES
+from dedup.model.copies import CHUNK_PAGES
 from dedup.model.prediction import RMAP_ITEM_BYTES, STABLE_NODE_BYTES
 from dedup.pages import Flag
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from dedup.model import merge, steady
-from dedup.model.merge import distinct
+from dedup.model.copies import distinct
 from dedup.pages import FRAME_MASK, NO_FLAG, Flag
 
 if TYPE_CHECKING:

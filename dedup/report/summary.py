@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from dedup.model import merge
 from dedup.model.alone import savings_alone
+from dedup.model.copies import UNSTABLE
 from dedup.model.prediction import RMAP_ITEM_BYTES
 from dedup.pages import NO_FLAG, Flag
 
@@ -50,7 +50,7 @@ def by_region(pages: Pages) -> RegionPages:
     return RegionPages(
         pages=_count(pages, present),
         duplicates=_count(pages, present & ((pages.frames & Flag.DUPLICATE) != 0)),
-        volatile=_count(pages, present & ((pages.frames & merge.UNSTABLE) != 0)),
+        volatile=_count(pages, present & ((pages.frames & UNSTABLE) != 0)),
     )
 
 

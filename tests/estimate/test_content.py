@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from dedup.estimate import content
 from dedup.estimate.sampled import Estimate
 from dedup.kernel import memory as reading
-from dedup.model.merge import NOT_STABLE
+from dedup.model.copies import NOT_STABLE
 from dedup.model.prediction import FIELDS, Rules
 from dedup.pages import FRAME_MASK, Flag
 
