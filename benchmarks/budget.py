@@ -33,7 +33,7 @@ from dedup.estimate import content
 from dedup.estimate.sampled import Present
 from dedup.kernel import memory, pagemap
 from dedup.model import merge
-from dedup.model.merge import FIELDS, Prediction, Rules
+from dedup.model.prediction import FIELDS, Prediction, Rules
 from dedup.pages import FRAME_MASK, Flag, Pages, Process, ProcessId, Region
 from dedup.sources.live import LiveSource, Options, mark_outside
 

@@ -34,7 +34,7 @@ from dedup.estimate import sampled, unseen
 from dedup.estimate.sampled import Present
 from dedup.estimate.unseen import Seen, Span, Unseen
 from dedup.model import merge
-from dedup.model.merge import FIELDS, Rules
+from dedup.model.prediction import FIELDS, Rules
 from dedup.pages import FRAME_MASK, Flag, Pages
 from dedup.sources.live import LiveSource, Options
 

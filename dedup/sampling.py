@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from dedup.estimate.sampled import Estimate
     from dedup.kernel.memory import Tally
     from dedup.model.cost import Cost
-    from dedup.model.merge import Prediction, Rules
+    from dedup.model.prediction import Prediction, Rules
     from dedup.pages import I64, Pages
     from dedup.scanning import Plan
     from dedup.sources.speed import Speed

@@ -15,6 +15,7 @@ from dedup.errors import Unsupported, Usage
 from dedup.kernel import ksmd, pagemap, processes, shortage
 from dedup.kernel.ksm import Ksm
 from dedup.model import cost, merge, smart, steady
+from dedup.model.prediction import Rules
 from dedup.pages import Flag
 from dedup.sources import stored
 from dedup.sources.live import LiveSource, Options, Span, mark_outside, wait_until
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from dedup.kernel.memory import Tally
     from dedup.model.cost import Cost
-    from dedup.model.merge import Prediction, Rules
+    from dedup.model.prediction import Prediction
     from dedup.model.smart import SmartScan
     from dedup.pages import Bool, Groups, Pages
 
@@ -256,7 +257,7 @@ def tunables() -> dict[str, int | str]:
 
 def rules_of(tunables: dict[str, int | str], *, order_known: bool = False) -> Rules:
     """The rules that the tunables make."""
-    return merge.Rules(
+    return Rules(
         max_page_sharing=int(tunables.get("max_page_sharing", 256)),
         use_zero_pages=bool(tunables.get("use_zero_pages", 0)),
         order_known=order_known,

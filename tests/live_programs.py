@@ -28,7 +28,7 @@ from tests.kernel_fixtures import ksm_control
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from dedup.model.merge import Prediction
+    from dedup.model.prediction import Prediction
     from tests.kernel_fixtures import KsmControl
 
 INSTANCES: Final = 3

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Final
 
 from dedup.kernel.ksm import Counters
-from dedup.model.merge import FIELDS, PROCESS_FIELDS
+from dedup.model.prediction import FIELDS, PROCESS_FIELDS
 
 if TYPE_CHECKING:
     from dedup.kernel.ksm import ProcessCounters
-    from dedup.model.merge import Prediction, ProcessPrediction
+    from dedup.model.prediction import Prediction, ProcessPrediction
     from dedup.model.smart import SmartScan
 
 COUNTERS: Final = tuple(n for n in FIELDS if n in {f.name for f in fields(Counters)})

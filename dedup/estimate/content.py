@@ -24,13 +24,9 @@ from dedup import grouping
 from dedup.estimate.sampled import SLACK, Estimate, Present, distinct, nodes_of, told
 from dedup.estimate.unseen import Span
 from dedup.model import merge, steady
+from dedup.model.copies import NOT_STABLE
 from dedup.model.fate import closed_form
-from dedup.model.merge import (
-    NOT_STABLE,
-    RMAP_ITEM_BYTES,
-    STABLE_NODE_BYTES,
-    Breakdown,
-)
+from dedup.model.prediction import RMAP_ITEM_BYTES, STABLE_NODE_BYTES, Breakdown
 from dedup.pages import FRAME_MASK, Flag
 
 if TYPE_CHECKING:
@@ -38,7 +34,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from dedup.model.merge import Rules
+    from dedup.model.prediction import Rules
     from dedup.pages import I64, U64, Bool, Groups, Pages, Process
 
     Mark = Callable[[Pages, Groups], None]

@@ -9,7 +9,7 @@ import numpy as np
 
 from dedup.estimate.instances import Incidence
 from dedup.model.cost import Load
-from dedup.model.merge import RMAP_ITEM_BYTES, STABLE_NODE_BYTES
+from dedup.model.prediction import RMAP_ITEM_BYTES, STABLE_NODE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

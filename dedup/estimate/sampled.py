@@ -14,10 +14,9 @@ import numpy as np
 
 from dedup.errors import Refused
 from dedup.estimate.unseen import CONFIDENCE, Seen, Span, Unseen, scaled, times_of
-from dedup.model.merge import (
-    ABSENT,
+from dedup.model.copies import ABSENT, NOT_STABLE
+from dedup.model.prediction import (
     FIELDS,
-    NOT_STABLE,
     RMAP_ITEM_BYTES,
     STABLE_NODE_BYTES,
     Breakdown,
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from dedup.model.merge import Rules
+    from dedup.model.prediction import Rules
     from dedup.pages import I64, U64, Bool, Pages
 
     F64 = NDArray[np.float64]

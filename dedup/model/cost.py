@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 import numpy as np
 
 from dedup.model import smart
-from dedup.model.merge import CHUNK_PAGES, RMAP_ITEM_BYTES, STABLE_NODE_BYTES
+from dedup.model.copies import CHUNK_PAGES
+from dedup.model.prediction import RMAP_ITEM_BYTES, STABLE_NODE_BYTES
 from dedup.pages import Flag
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from dedup.model.merge import Prediction
+    from dedup.model.prediction import Prediction
     from dedup.pages import Groups, Pages
 
     F64 = NDArray[np.float64]

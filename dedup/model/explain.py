@@ -20,7 +20,7 @@ from dedup.pages import FRAME_MASK, Flag
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from dedup.model.merge import Rules
+    from dedup.model.prediction import Rules
     from dedup.pages import I64, U64, Bool, Groups, Index, Pages
 
 CHUNK_PAGES: Final = 1 << 18

@@ -17,15 +17,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dedup.model.copies import joined
+from dedup.pages import Flag
+
 if TYPE_CHECKING:
-    from dedup.pages import I64, Bool
+    from dedup.model.copies import Copies
+    from dedup.model.given import Given
+    from dedup.model.huge import HugePages
+    from dedup.model.totals import Totals
+    from dedup.pages import I64, Bool, Pages
 
 Change = tuple[int, int]
 """By how much a figure may be lower, and by how much higher."""
 
 
 @dataclass(slots=True)
-class Copies:
+class _Pinnable:
     """The mappings of contents with two or more, content after content."""
 
     group: I64
@@ -59,7 +66,69 @@ class Widening:
     """Huge pages that split unless they are pinned themselves."""
 
 
-def widen(c: Copies, pins: int, limit: int, huge_pages: int, processes: int) -> Widening:
+def widen(given: Given, totals: Totals, huge: HugePages, zeros: Copies) -> None:
+    """Widen all figures by what pinned pages may change.
+
+    Parameters
+    ----------
+    given : Given
+    totals : Totals
+        All pages added up, as if none were pinned.
+    huge : HugePages
+    zeros : Copies
+        All-zero pages, as `zero.ZeroPages.find` gave them.
+    """
+    pages, order = given.pages, given.groups.order
+    sizes = np.diff(given.groups.offsets)
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    some = (pages.frames[order] & Flag.ZERO) == 0
+    c = given.copies(order[some], group[some], len(sizes))
+    vanishing = zeros.thp & ((zeros.word & Flag.LOCKED) == 0)
+    if not given.rules.use_zero_pages and not vanishing.any():
+        c = joined(c, zeros)
+    folio = huge.folio_of(c)
+    w = _how_far(
+        _Pinnable(
+            c.group, c.groups, c.frame, c.process, c.ksm, c.maybe_shared | c.maybe_ksm,
+            c.thp, folio, _may_be_pinned(pages, c),
+        ),
+        given.pinned, given.limit, pages.huge_pages, len(pages.processes),
+    )  # fmt: skip
+    totals.widen(w)
+    huge.safe = set(w.safe.tolist())
+    huge.may_split |= set(folio[c.thp].tolist())
+    if given.rules.use_zero_pages:
+        _widen_placed(given, totals, huge, zeros)
+
+
+def _widen_placed(given: Given, totals: Totals, huge: HugePages, zeros: Copies) -> None:
+    """use_zero_pages: a pinned zero page stays where it is."""
+    may = _may_be_pinned(given.pages, zeros)
+    if not may.any():
+        return
+    folio = huge.folio_of(zeros) if zeros.thp.any() else zeros.frame
+    most = given.pinned * (given.pages.huge_pages if zeros.thp.any() else 1)
+    mine = np.minimum(zeros.count(may), most)
+    n = min(int(may.sum()), most)
+    totals.zero.low -= n
+    totals.gone.low -= n
+    totals.zero_by_process[:, 0] -= mine
+    totals.gone_by_process[:, 0] -= mine
+    for low in (totals.zero_by_process, totals.gone_by_process):
+        np.maximum(low[:, 0], 0, out=low[:, 0])
+    totals.unshared.high += min(n, zeros.groups)
+    totals.volatile.high += n
+    totals.freed.low -= n
+    assert huge.safe is not None
+    huge.safe |= set(folio[zeros.thp & ~zeros.ksm].tolist())
+
+
+def _may_be_pinned(pages: Pages, c: Copies) -> Bool:
+    has = np.array([p.pinned_bytes > 0 for p in pages.processes])
+    return np.asarray(((c.word & Flag.EXCLUSIVE) != 0) & ~c.ksm & has[c.process])
+
+
+def _how_far(c: _Pinnable, pins: int, limit: int, huge_pages: int, processes: int) -> Widening:
     """How far figures may be from those without pins.
 
     Parameters
@@ -126,7 +195,7 @@ class _Top:
     A pin takes a content, or, in a huge page, all contents in it that it may be pinned with.
     """
 
-    def __init__(self, c: Copies, pins: int, may: Bool) -> None:
+    def __init__(self, c: _Pinnable, pins: int, may: Bool) -> None:
         self.pins, self.may = pins, may
         small = c.candidate & ~c.thp
         self.small = np.unique(c.group[small])
@@ -148,7 +217,7 @@ class _Top:
         return int(min(values.sum(), value[self.may].sum()))
 
 
-def _frames(c: Copies, new: Bool) -> tuple[I64, I64]:
+def _frames(c: _Pinnable, new: Bool) -> tuple[I64, I64]:
     """Distinct frames of each content, and how many of them have several mappings."""
     if not new.any():
         nothing = np.zeros(c.groups, np.int64)
@@ -162,7 +231,7 @@ def _frames(c: Copies, new: Bool) -> tuple[I64, I64]:
     )
 
 
-def _nodes(c: Copies, limit: int) -> tuple[I64, I64]:
+def _nodes(c: _Pinnable, limit: int) -> tuple[I64, I64]:
     """Stable nodes of each content, and the mappings that they take by merging."""
     if not c.ksm.any():
         nothing = np.zeros(c.groups, np.int64)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from dedup.model.merge import RMAP_ITEM_BYTES
+from dedup.model.prediction import RMAP_ITEM_BYTES
 from dedup.pages import FRAME_MASK, Flag
 
 if TYPE_CHECKING:

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from dedup.model import merge, steady
-from dedup.model.merge import distinct
+from dedup.model.copies import distinct
 from dedup.pages import FRAME_MASK, NO_FLAG, Flag
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dedup.model.merge import Prediction, Rules
+    from dedup.model.prediction import Prediction, Rules
     from dedup.pages import I64, Bool, Groups, Pages
 
 PERIOD: Final = 9

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from dedup.model.merge import (
+from dedup.model.prediction import (
     FIELDS,
     PROCESS_FIELDS,
     RMAP_ITEM_BYTES,

@@ -17,7 +17,7 @@ from dedup.kernel import vmstat
 from dedup.kernel.ksm import DEFAULTS, PAGE_BYTES, RMAP_ITEM_BYTES, RUN_MERGE, Ksm
 from dedup.kernel.ksmd import PROC, Ksmd
 from dedup.kernel.lock import STATE
-from dedup.model.merge import STABLE_NODE_BYTES
+from dedup.model.prediction import STABLE_NODE_BYTES
 from dedup.sources.live import wait_until
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from dedup.errors import Told
     from dedup.kernel.memory import Tally
-    from dedup.model.merge import Prediction
+    from dedup.model.prediction import Prediction
     from dedup.model.smart import SmartScan
     from dedup.pages import Process, Region, Skipped
     from dedup.report.summary import By, Service, StoredPages
@@ -259,7 +259,7 @@ def prediction_object(scan: Scan) -> dict[str, Any]:
 
 
 def _prediction(prediction: Prediction, overstated_most_pages: int | None) -> dict[str, Any]:
-    from dedup.model.merge import FIELDS
+    from dedup.model.prediction import FIELDS
 
     data: dict[str, Any] = {name: getattr(prediction, name) for name in FIELDS}
     bounds = dict(prediction.bounds)
@@ -285,7 +285,7 @@ def smart_object(smart: SmartScan | None) -> dict[str, Any] | None:
 def _process(
     process: Process, pages: int, prediction: Any, fate: Mapping[str, int | None]
 ) -> dict[str, Any]:
-    from dedup.model.merge import PROCESS_FIELDS
+    from dedup.model.prediction import PROCESS_FIELDS
 
     live = process.stored is None
     return {

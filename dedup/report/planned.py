@@ -181,7 +181,7 @@ def plan_parts(plan: Plan) -> list[str | Table]:
     """A plan whole: what, the counters that it leads to, the price."""
     from rich.table import Table
 
-    from dedup.model.merge import FIELDS
+    from dedup.model.prediction import FIELDS
 
     prediction = plan.scan.prediction
     table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False)

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from dedup.model import merge
+from dedup.model.alone import savings_alone
+from dedup.model.copies import UNSTABLE
+from dedup.model.prediction import RMAP_ITEM_BYTES
 from dedup.pages import NO_FLAG, Flag
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ def by_region(pages: Pages) -> RegionPages:
     return RegionPages(
         pages=_count(pages, present),
         duplicates=_count(pages, present & ((pages.frames & Flag.DUPLICATE) != 0)),
-        volatile=_count(pages, present & ((pages.frames & merge.UNSTABLE) != 0)),
+        volatile=_count(pages, present & ((pages.frames & UNSTABLE) != 0)),
     )
 
 
@@ -120,7 +122,7 @@ def services(scan: Scan, by: By) -> list[Service]:
     names = sorted({_label(p, by) for p in pages.processes})
     place = {name: i for i, name in enumerate(names)}
     labels = [place[_label(p, by)] for p in pages.processes]
-    frames = merge.savings_alone(pages, scan.groups, labels)
+    frames = savings_alone(pages, scan.groups, labels)
     count = np.bincount(labels, minlength=len(names))
     mappings = np.zeros(len(names), np.int64)
     np.add.at(mappings, labels, by_process(pages, by_region(pages).pages))
@@ -130,8 +132,7 @@ def services(scan: Scan, by: By) -> list[Service]:
             processes=int(count[i]),
             pages=int(mappings[i]),
             frames_freed_alone=int(frames[i]),
-            saved_alone_bytes=int(frames[i]) * pages.page_size
-            - int(mappings[i]) * merge.RMAP_ITEM_BYTES,
+            saved_alone_bytes=int(frames[i]) * pages.page_size - int(mappings[i]) * RMAP_ITEM_BYTES,
         )
         for i, name in enumerate(names)
     ]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from dedup.model.merge import ProcessPrediction
+    from dedup.model.prediction import ProcessPrediction
     from dedup.pages import Process, Region
     from dedup.report.summary import By, RegionPages
     from dedup.report.why import Top

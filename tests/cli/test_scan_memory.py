@@ -13,7 +13,7 @@ import pytest
 
 import dedup as package
 from dedup.errors import Refused, Usage
-from dedup.model.merge import FIELDS
+from dedup.model.prediction import FIELDS
 from dedup.report.sampled import part_of
 from dedup.sampling import Sampled
 from dedup.scanning import Scan

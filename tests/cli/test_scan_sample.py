@@ -9,7 +9,7 @@ import pytest
 
 from dedup import sampling, scanning
 from dedup.errors import Refused
-from dedup.model.merge import FIELDS
+from dedup.model.prediction import FIELDS
 from dedup.sources import speed
 
 from .conftest import Dedup, end, on_terminal, start_program

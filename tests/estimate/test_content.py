@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from dedup.estimate import content
 from dedup.estimate.sampled import Estimate
 from dedup.kernel import memory as reading
-from dedup.model.merge import FIELDS, NOT_STABLE, Rules
+from dedup.model.copies import NOT_STABLE
+from dedup.model.prediction import FIELDS, Rules
 from dedup.pages import FRAME_MASK, Flag
 
 from .test_sampled import CASES, MIXED, RULES, Memory, lay, outside

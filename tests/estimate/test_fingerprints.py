@@ -16,7 +16,8 @@ import pytest
 from dedup.estimate import fingerprints, store
 from dedup.estimate.fingerprints import CONSTANT, ZERO, Instance
 from dedup.estimate.key import Key
-from dedup.model.merge import Rules, predict
+from dedup.model.merge import predict
+from dedup.model.prediction import Rules
 from dedup.pages import Flag
 from dedup.scanning import Plan, Scan, scan_files, scan_pids
 from dedup.sources.live import Options

@@ -12,7 +12,7 @@ from dedup.errors import Refused
 from dedup.estimate import sampled
 from dedup.estimate.sampled import Estimate, Present
 from dedup.model import merge
-from dedup.model.merge import FIELDS, Prediction, Rules
+from dedup.model.prediction import FIELDS, Prediction, Rules
 from dedup.pages import Flag, Pages, Process, ProcessId, Region
 
 pytest.importorskip("scipy")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from dedup.kernel import maps
 from dedup.kernel.pagemap import sight
 from dedup.kernel.processes import Handle
-from dedup.model.merge import Prediction
+from dedup.model.prediction import Prediction
 from dedup.scanning import Plan, scan_pids
 from dedup.sources.live import Options
 from tests.kernel_fixtures import PAGE, KsmControl, kpageflags, pagemap, process_numbers

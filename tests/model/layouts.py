@@ -9,7 +9,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 from dedup import grouping
-from dedup.model.merge import Prediction, Rules, predict
+from dedup.model.merge import predict
+from dedup.model.prediction import Prediction, Rules
 from dedup.pages import Flag, Nodes, Pages, Process, ProcessId, Region
 from tests.model.simulator import SHARED_ZERO, ZERO, Counts, Frame, HugePage, Ksmd, Mapping, Node
 

@@ -10,9 +10,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from dedup import grouping
-from dedup.model import explain, merge
+from dedup.model import explain
+from dedup.model.copies import UNSTABLE
 from dedup.model.explain import FREED, End
-from dedup.model.merge import Rules
+from dedup.model.prediction import Rules
 from dedup.pages import FRAME_MASK, Flag, Groups, Pages
 from tests.model.layouts import UNIQUE, Layout, layouts, prediction
 from tests.model.simulator import ZERO
@@ -47,7 +48,7 @@ def test_the_parts_add_up(layout: Layout, limit: int, zero: bool, hidden: bool) 
     assert found.pages.sum(1).tolist() == [len(p) for p in layout.processes]
     freed = sum(int(found.pages[:, e].sum()) for e in FREED)
     single = (pages.frames & (Flag.ZERO | Flag.DUPLICATE)) == Flag.ZERO
-    single &= (pages.frames & (merge.UNSTABLE | Flag.KSM)) == 0
+    single &= (pages.frames & (UNSTABLE | Flag.KSM)) == 0
     alone = int(np.count_nonzero(single)) if zero else 0
     assert sum(c.frames_freed[0] for c in found.contents) == freed - alone
     for c in found.contents:

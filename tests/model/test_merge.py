@@ -13,7 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dedup import grouping
-from dedup.model.merge import PROCESS_FIELDS, Prediction, Rules, _Model, predict
+from dedup.model.contents import Contents
+from dedup.model.given import Given
+from dedup.model.merge import predict
+from dedup.model.prediction import PROCESS_FIELDS, Prediction, Rules
+from dedup.model.zero import ZeroPages
 from dedup.pages import FRAME_MASK, Flag
 from tests.model.layouts import UNIQUE, Layout, layouts, prediction
 from tests.model.simulator import ZERO
@@ -116,10 +120,10 @@ def test_one_process_adds_up_to_the_same_at_once(
     rules = Rules(limit, use_zero_pages)
     at_once = predict(alone, groups, rules)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Model, "_all_apart", lambda *_: False)
-        patch.setattr(_Model, "_copies_apart", lambda *_: False)
+        patch.setattr(ZeroPages, "_all_apart", lambda *_: False)
+        patch.setattr(Given, "copies_apart", lambda *_: False)
         patch.setattr(
-            _Model, "_but_simple",
+            Contents, "_but_simple",
             lambda m, g: (m.pages.frames[g.order[g.offsets[:-1]]] & Flag.ZERO) == 0,
         )  # fmt: skip
         one_by_one = predict(alone, groups, rules)

@@ -10,7 +10,8 @@ import pytest
 
 from dedup import grouping
 from dedup.model import smart
-from dedup.model.merge import Rules, predict
+from dedup.model.merge import predict
+from dedup.model.prediction import Rules
 from dedup.scanning import Plan, scan_pids
 from dedup.sources.live import Options
 from tests.kernel_fixtures import Target

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dedup.model import steady
-from dedup.model.merge import FIELDS, PROCESS_FIELDS, Rules
+from dedup.model.prediction import FIELDS, PROCESS_FIELDS, Rules
 from tests.model.layouts import Layout, prediction
 
 PAGE = 4096

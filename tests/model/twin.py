@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from dedup.kernel.pagemap import sight
-from dedup.model.merge import Prediction, Rules
+from dedup.model.prediction import Prediction, Rules
 from dedup.scanning import Plan, scan_pids
 from dedup.sources.live import Options
 from tests.kernel_fixtures import PAGE, KsmControl, Target, frames, kpageflags, process_numbers

@@ -7,6 +7,7 @@ import numpy as np
 from dedup import grouping
 from dedup.kernel.memory import Tally
 from dedup.model import cost, merge
+from dedup.model.prediction import Rules
 from dedup.pages import Flag, Pages, Process, ProcessId, Region, Skipped
 from dedup.scanning import Scan
 
@@ -91,7 +92,7 @@ def make(
         skipped=list(skipped),
     )
     groups = grouping.group(pages)
-    rules = merge.Rules()
+    rules = Rules()
     prediction = merge.predict(pages, groups, rules)
     load = cost.load_of(pages, groups, prediction)
     return Scan(

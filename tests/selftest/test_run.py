@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dedup.kernel.ksm import Ksm
-from dedup.model import merge
+from dedup.model import contents
 from dedup.schema import load
 from dedup.selftest import run as selftest
 from dedup.selftest.cases import SIZES, all_cases
@@ -67,7 +67,7 @@ def test_a_wrong_model_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def naive(n: Any, limit: int) -> tuple[Any, Any]:
         return -(-n // limit), n * 0
 
-    monkeypatch.setattr(merge, "closed_form", naive)
+    monkeypatch.setattr(contents, "closed_form", naive)
     result = selftest.run(lambda case: case.name == "257 equal pages")
     assert not result.passed
     (case,) = result.cases

@@ -10,7 +10,7 @@ from dedup import grouping
 from dedup.errors import Usage
 from dedup.kernel import memory
 from dedup.model import merge, steady
-from dedup.model.merge import FIELDS, Rules
+from dedup.model.prediction import FIELDS, Rules
 from dedup.pages import Flag, Pages
 from dedup.sampling import sample_pids
 from dedup.scanning import Plan, Scan, scan_pids
