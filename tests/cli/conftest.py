@@ -123,11 +123,12 @@ def dedup_nobody() -> Dedup:
 
 
 def start_program(
-    program: str, *words: str, prefix: tuple[str, ...] = (), python: str = sys.executable
-) -> subprocess.Popen[str]:
+    program: str, *words: str, prefix: tuple[str, ...] = (), python: str = sys.executable,
+    busy: bool = False,
+) -> subprocess.Popen[str]:  # fmt: skip
     """Start a Python program that says "ready" once its memory is made; `end` ends it.
 
-    It has to wait for something then: until it does, its heap still changes.
+    If it is not `busy` then, it waits for something: until it does, its heap still changes.
     """
     process = subprocess.Popen(
         [*prefix, python, "-c", program, *words],
@@ -137,8 +138,9 @@ def start_program(
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
-    stat = Path(f"/proc/{process.pid}/stat")
-    wait_for(lambda: stat.read_text().rpartition(")")[2].split()[0] == "S")
+    if not busy:
+        stat = Path(f"/proc/{process.pid}/stat")
+        wait_for(lambda: stat.read_text().rpartition(")")[2].split()[0] == "S")
     return process
 
 

@@ -262,7 +262,7 @@ def test_no_size(dedup: Dedup, size: str) -> None:
 
 def test_volatile_pages(dedup: Dedup) -> None:
     """Pages of any content, counted ones and zeros too, that are written to all the time."""
-    writers = [start_program(TARGET, n, "write") for n in ("1", "2")]
+    writers = [start_program(TARGET, n, "write", busy=True) for n in ("1", "2")]
     chosen = [word for p in writers for word in ("--pid", str(p.pid))]
     try:
         told = dedup("scan", *chosen, "--memory", "1M").err
