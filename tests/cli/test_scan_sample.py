@@ -208,7 +208,7 @@ while True:
     for i in range(0, 50_000, 10):
         memory[i * PAGE + 64 : i * PAGE + 72] = n.to_bytes(8, "little")
 """
-    writer = start_program(program)
+    writer = start_program(program, busy=True)
     try:
         scan = dedup(
             "scan", "--pid", str(writer.pid), "--sample", "20%", "--interval", "0.3", "--json"
