@@ -140,7 +140,7 @@ def start_program(
     assert process.stdout.readline() == "ready\n"
     if not busy:
         stat = Path(f"/proc/{process.pid}/stat")
-        wait_for(lambda: stat.read_text().rpartition(")")[2].split()[0] == "S")
+        wait_for(lambda: stat.read_bytes().rpartition(b")")[2].split()[0] == b"S")
     return process
 
 
