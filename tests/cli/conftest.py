@@ -137,10 +137,14 @@ def start_program(
         text=True,
     )
     assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    if not busy:
-        stat = Path(f"/proc/{process.pid}/stat")
-        wait_for(lambda: stat.read_bytes().rpartition(b")")[2].split()[0] == b"S")
+    try:
+        assert process.stdout.readline() == "ready\n"
+        if not busy:
+            stat = Path(f"/proc/{process.pid}/stat")
+            wait_for(lambda: stat.read_bytes().rpartition(b")")[2].split()[0] == b"S")
+    except BaseException:
+        end(process)
+        raise
     return process
 
 

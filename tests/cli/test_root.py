@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 
 import click
 import pytest
@@ -68,18 +67,3 @@ def test_version_and_help_import_nothing_heavy() -> None:
             [sys.executable, "-c", code, word], check=True, cwd=REPOSITORY, env=environment(),
             stdout=subprocess.DEVNULL,
         )  # fmt: skip
-
-
-def test_version_is_quick() -> None:
-    def best(*args: str) -> float:
-        took = []
-        for _ in range(5):
-            begin = time.monotonic()
-            subprocess.run(
-                [sys.executable, *args], check=True, cwd=REPOSITORY, env=environment(),
-                stdout=subprocess.DEVNULL,
-            )  # fmt: skip
-            took.append(time.monotonic() - begin)
-        return min(took)
-
-    assert best("-m", "dedup", "--version") - best("-c", "pass") < 0.1
