@@ -507,9 +507,8 @@ cdef class Job:
                 self.full_at = first
             dedup_store(&self.overflow, 1)
             return 1
-        for i in range(n):
-            self.hashes[first + i] = w.digest[at + i]
-            self.frames[first + i] = w.word[at + i]
+        memcpy(&self.hashes[first], w.digest + at, n * sizeof(uint64_t))
+        memcpy(&self.frames[first], w.word + at, n * sizeof(uint64_t))
         if self.once:
             for i in range(n):
                 self._keep_frame(first + i)
@@ -570,9 +569,10 @@ cdef class Job:
         cdef uint64_t at = <uint64_t>self.units[u].start, e, word, pfn
         cdef int64_t block, blocks = self.block_state.shape[0]
         cdef uint8_t state
-        cdef int64_t page_size = self.page_size
+        cdef int64_t page_size = self.page_size, zero_frame = self.zero_frame
         cdef int fd = <int>self.pagemap_fds[target]
-        cdef int range_flags, unasked = 0
+        cdef int range_flags, each, by_block, unasked = 0
+        cdef uint64_t mark, exclusive
         w.n_ranges = 0
         while left > 0:
             before = n
@@ -580,6 +580,10 @@ cdef class Job:
             if count > left:
                 count = left
             range_flags = <int>self.range_flags[r]
+            mark = (LOCKED if range_flags & R_LOCKED else 0) | (THP if range_flags & R_HUGE else 0)
+            exclusive = 0 if range_flags & R_SHARED else PM_EXCLUSIVE
+            each = self.kpageflags_fd >= 0 and self._each_apart(range_flags)
+            by_block = self.kpageflags_fd >= 0 and not each and not range_flags & R_HUGE
             got = _pread_all(fd, w.look, count * 8, <int64_t>(at // <uint64_t>page_size) * 8)
             if got <= 0:
                 # The address space is gone (0) or out of reach.
@@ -590,22 +594,14 @@ cdef class Job:
                 if not e & PM_PRESENT or e & PM_FILE:
                     continue
                 pfn = e & PM_PFN
-                if pfn == 0:
-                    word = HIDDEN
-                elif <int64_t>pfn == self.zero_frame:
+                if <int64_t>pfn == zero_frame:
                     continue
-                else:
-                    word = pfn
-                if e & PM_EXCLUSIVE and not range_flags & R_SHARED:
+                word = mark | (pfn if pfn != 0 else HIDDEN)
+                if e & exclusive:
                     word |= EXCLUSIVE
-                if range_flags & R_LOCKED:
-                    word |= LOCKED
-                if range_flags & R_HUGE:
-                    word |= THP
-                elif pfn != 0 and self.kpageflags_fd >= 0:
-                    if self._each_apart(range_flags):
-                        unasked = 1
-                    else:
+                if pfn != 0:
+                    unasked |= each
+                    if by_block:
                         block = <int64_t>(pfn >> self.block_shift)
                         state = self.block_state[block] if block < blocks else 0
                         if state == 0:
@@ -669,9 +665,10 @@ cdef class Job:
 
     cdef void _read(self, Worker *w, int64_t n, int64_t target, int64_t known) noexcept nogil:
         """Fill the buffer: page i of the candidates at offset i; UNREAD where it can't be."""
-        cdef int64_t i = 0, j, k, start, page_size = self.page_size, got, fast, read = 0
+        cdef int64_t i = 0, j, k, start, page_size = self.page_size, got, fast, read = 0, r = -1
         cdef int allowed = self.target_flags[target] & T_FAST and not self.no_fast[target]
         cdef int pid = <int>self.pids[target], mem = <int>self.mem_fds[target]
+        cdef uint64_t mask = 0
         # Until hashing, digest[i] says that page i has been read the fast way.
         memset(w.digest, 0, n * sizeof(uint64_t))
         # The fast way, many runs a call, over exclusive pages that are no KSM page.
@@ -680,15 +677,21 @@ cdef class Job:
             fast = 0
             start = i
             while i < n and k < MAX_IOV:
-                if not self._may_read_fast(w, i):
+                if w.where_range[i] != r:
+                    r = w.where_range[i]
+                    mask = self._fast_mask(<int>self.range_flags[r])
+                if (w.word[i] & mask) != EXCLUSIVE or (known and w.known[i]):
                     i += 1
                     continue
                 j = i
                 while True:
                     w.digest[j] = 1
                     j += 1
+                    # Another range has a mask of its own: it begins a run of its own.
                     if (j == n or w.address[j] != w.address[j - 1] + <uint64_t>page_size
-                            or not self._may_read_fast(w, j)):
+                            or w.where_range[j] != r
+                            or (w.word[j] & mask) != EXCLUSIVE
+                            or (known and w.known[j])):
                         break
                 w.local[k].iov_base = w.buffer + i * page_size
                 w.local[k].iov_len = (j - i) * page_size
@@ -739,17 +742,22 @@ cdef class Job:
                     w.unread_pages += 1
                     i += 1
 
-    cdef inline int _may_read_fast(self, Worker *w, int64_t i) noexcept nogil:
-        """The one rule: exclusive, no part of a shared huge page, known to be no KSM page."""
-        cdef uint64_t word = w.word[i]
-        if not word & EXCLUSIVE or word & KSM or w.known[i]:
-            return 0
+    cdef inline uint64_t _fast_mask(self, int range_flags) noexcept nogil:
+        """The one rule: a page may be read the fast way if its word has, of these flags, EXCLUSIVE.
+
+        Exclusive, no part of a shared huge page, known to be no KSM page. 0, of which nothing is
+        EXCLUSIVE, for a range that must not be read so.
+        """
+        cdef uint64_t mask = EXCLUSIVE | KSM
         # Of a huge page that relatives map in part, process_vm_readv would copy even a page that
         # has no other mapping (mm/memory.c, wp_can_reuse_anon_folio).
-        if word & THP and self.range_flags[w.where_range[i]] & R_TORN:
-            return 0
-        return not (self.range_flags[w.where_range[i]] & R_KSM
-                    and (word & HIDDEN or self.kpageflags_fd < 0))
+        if range_flags & R_TORN:
+            mask |= THP
+        if range_flags & R_KSM:
+            if self.kpageflags_fd < 0:
+                return 0
+            mask |= HIDDEN
+        return mask
 
     cdef void _keep_marks(self, Worker *w, int64_t start, int64_t end, int64_t got) noexcept nogil:
         """Of the marks in `digest` of [start, end), keep those of the `got` pages read."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dedup.kernel import maps
+from dedup.kernel import pagemap as pagemap_interface
 from dedup.kernel.processes import Handle
 from dedup.scanning import Plan, Scan, scan_pids
 from dedup.sources.live import LiveSource, Options
@@ -102,6 +104,25 @@ def test_nothing_changes(ksm: KsmControl, target: Target) -> None:
     assert first.tally.sharing_lost_pages == 0
     # 250 pages and two huge pages are one frame in parent and child.
     assert first.prediction.frames_freed is not None
+
+
+@pytest.mark.ksm
+def test_ksm_pages_that_can_not_be_told(ksm: KsmControl, target: Target) -> None:
+    """Frames are shown, but not their flags, as where a container hides /proc/kpageflags."""
+    start = target.do("map", name="a", pages=200)
+    target.do("put", name="a", at=0, what=[f"pair {i // 2}" for i in range(200)])
+    target.do("advise", name="a", what="mergeable")
+    ksm.converge()
+    for i in range(0, 200, 2):
+        target.do("put", name="a", at=i, what=["unique"])
+    ksm.stop()
+    before = pagemap(target.pid, start, 200)
+    assert all(w >> 56 & 1 for w in before), "KSM pages with one mapping left look exclusive"
+    sight = replace(pagemap_interface.sight(), kpageflags=False)
+    source = LiveSource([target.pid], Options(scope="advised"), sight=sight)
+    source.first_look()
+    assert pagemap(target.pid, start, 200) == before
+    assert (source.tally.proc_mem_pages, source.tally.process_vm_readv_pages) == (200, 0)
 
 
 def test_a_huge_page_whose_first_page_alone_a_relative_wrote_to(target: Target) -> None:
