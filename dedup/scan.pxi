@@ -4,21 +4,22 @@
 cdef enum:
     FRAME_BITS = 48
 
-cdef uint64_t FRAME_MASK = (<uint64_t>1 << FRAME_BITS) - 1
-cdef uint64_t EXCLUSIVE = <uint64_t>1 << 48   # pagemap bit 56: one mapping alone
-cdef uint64_t KSM = <uint64_t>1 << 49         # already a KSM page
-cdef uint64_t THP = <uint64_t>1 << 50         # part of a huge page
-cdef uint64_t ZERO = <uint64_t>1 << 51        # all bytes zero
-cdef uint64_t CONSTANT = <uint64_t>1 << 52    # the same 8 bytes throughout
-cdef uint64_t VOLATILE = <uint64_t>1 << 53    # content differed between two looks
-cdef uint64_t GONE = <uint64_t>1 << 54        # no longer there at the last look
-cdef uint64_t NEW = <uint64_t>1 << 55         # first seen at the last look
-cdef uint64_t SEEN = <uint64_t>1 << 56        # met in the look under way
-cdef uint64_t UNREAD = <uint64_t>1 << 57      # present, but could not be read
-cdef uint64_t DUPLICATE = <uint64_t>1 << 58   # content with two mappings or more
-cdef uint64_t LOCKED = <uint64_t>1 << 59      # in a VM_LOCKED mapping
-cdef uint64_t HIDDEN = <uint64_t>1 << 60      # the kernel did not show the frame number
-cdef uint64_t OUTSIDE = <uint64_t>1 << 61     # the frame is mapped outside the scan too
+cdef extern from *:
+    const uint64_t FRAME_MASK "(((uint64_t)1 << 48) - 1)"
+    const uint64_t EXCLUSIVE "((uint64_t)1 << 48)"   # pagemap bit 56: one mapping alone
+    const uint64_t KSM "((uint64_t)1 << 49)"         # already a KSM page
+    const uint64_t THP "((uint64_t)1 << 50)"         # part of a huge page
+    const uint64_t ZERO "((uint64_t)1 << 51)"        # all bytes zero
+    const uint64_t CONSTANT "((uint64_t)1 << 52)"    # the same 8 bytes throughout
+    const uint64_t VOLATILE "((uint64_t)1 << 53)"    # content differed between two looks
+    const uint64_t GONE "((uint64_t)1 << 54)"        # no longer there at the last look
+    const uint64_t NEW "((uint64_t)1 << 55)"         # first seen at the last look
+    const uint64_t SEEN "((uint64_t)1 << 56)"        # met in the look under way
+    const uint64_t UNREAD "((uint64_t)1 << 57)"      # present, but could not be read
+    const uint64_t DUPLICATE "((uint64_t)1 << 58)"   # content with two mappings or more
+    const uint64_t LOCKED "((uint64_t)1 << 59)"      # in a VM_LOCKED mapping
+    const uint64_t HIDDEN "((uint64_t)1 << 60)"      # the kernel did not show the frame number
+    const uint64_t OUTSIDE "((uint64_t)1 << 61)"     # the frame is mapped outside the scan too
 
 FLAGS = {
     "EXCLUSIVE": EXCLUSIVE, "KSM": KSM, "THP": THP, "ZERO": ZERO, "CONSTANT": CONSTANT,
@@ -55,14 +56,15 @@ cdef enum:
     O_KSM = 2
 
 # pagemap (Documentation/admin-guide/mm/pagemap.rst)
-cdef uint64_t PM_PRESENT = <uint64_t>1 << 63
-cdef uint64_t PM_FILE = <uint64_t>1 << 61
-cdef uint64_t PM_EXCLUSIVE = <uint64_t>1 << 56
-cdef uint64_t PM_PFN = (<uint64_t>1 << 55) - 1
-# kpageflags (include/uapi/linux/kernel-page-flags.h)
-cdef uint64_t KPF_HEAD_OR_TAIL = (<uint64_t>1 << 15) | (<uint64_t>1 << 16)
-cdef uint64_t KPF_KSM = <uint64_t>1 << 21
-cdef uint64_t KPF_THP = <uint64_t>1 << 22
+cdef extern from *:
+    const uint64_t PM_PRESENT "((uint64_t)1 << 63)"
+    const uint64_t PM_FILE "((uint64_t)1 << 61)"
+    const uint64_t PM_EXCLUSIVE "((uint64_t)1 << 56)"
+    const uint64_t PM_PFN "(((uint64_t)1 << 55) - 1)"
+    # kpageflags (include/uapi/linux/kernel-page-flags.h)
+    const uint64_t KPF_HEAD_OR_TAIL "(((uint64_t)1 << 15) | ((uint64_t)1 << 16))"
+    const uint64_t KPF_KSM "((uint64_t)1 << 21)"
+    const uint64_t KPF_THP "((uint64_t)1 << 22)"
 
 # What a sample counts of all pages present, read or not: the columns of Job.counts.
 COUNTS = ("present", "exclusive", "ksm", "huge")
