@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -38,8 +39,9 @@ def held(pid: int) -> list[str]:
         return [line for line in f if line.startswith(lines)]
 
 
-# Python itself needs some 16 MiB, with ours 20; NumPy 80 more, and the rest is for the pages.
-@pytest.mark.parametrize("mib", [18, 22, 26, 40, 70, 90, 100, 110, 116])
+# Python itself needs some 16 MiB, with ours 20, more in later versions; NumPy 80 more, and the rest
+# is for the pages.
+@pytest.mark.parametrize("mib", [26, 40, 70, 90, 100, 110])
 def test_too_little_to_start(dedup: Dedup, mib: int) -> None:
     """Of any size: never a traceback, nor BLAS's own end."""
     result = dedup("scan", "--pid", "1", prefix=limited(mib))
@@ -108,7 +110,8 @@ def python(program: str, *words: str, mib: float) -> subprocess.CompletedProcess
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("mib", "doing"), [(60, "load numpy"), (124, "read the pages")])
+# How far it comes with more hangs together with NumPy's version.
+@pytest.mark.parametrize(("mib", "doing"), [(60, "load numpy"), (124, "load numpy|read the pages")])
 def test_in_python(process: subprocess.Popen[str], mib: int, doing: str) -> None:
     """An error of ours that is a MemoryError, too; what comes after it has room again."""
     program = """
@@ -123,4 +126,4 @@ except MemoryError as e:
 """
     done = python(program, str(process.pid), mib=mib)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith(f"no memory to {doing}: this process is limited to {mib} MiB")
+    assert re.match(f"no memory to ({doing}): this process is limited to {mib} MiB", done.stdout)
