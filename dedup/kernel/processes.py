@@ -183,6 +183,15 @@ class Handle:
             return False
         return text.rpartition(b")")[2].split()[0] not in {b"Z", b"X"}
 
+    def same_program(self) -> bool:
+        """Whether it still runs the program that it ran when it was opened.
+
+        Raises
+        ------
+        ProcessGone, NotPermitted
+        """
+        return _program(self.read("stat").rpartition(b")")[2].split()) == self.info.program
+
     def require_memory(self) -> None:
         """Raise `NoMemory` for a zombie or a kernel thread."""
         if self.info.state in {"Z", "X"}:
@@ -224,9 +233,13 @@ def _parse(pid: int, stat: bytes, status: bytes, cgroup: bytes) -> Info:
         swapped_bytes=kilobytes(b"VmSwap", status) or 0,
         cgroup=_cgroup_path(cgroup.decode(errors="surrogateescape")),
         tgid=int(tgid[1]) if tgid else pid,
-        # start_code, start_stack, arg_start (proc_pid_stat(5)).
-        program=(f[23], f[25], f[45]) if len(f) > 45 else (),
+        program=_program(f),
     )
+
+
+def _program(f: list[bytes]) -> tuple[bytes, ...]:
+    # start_code, start_stack, arg_start (proc_pid_stat(5)), from the fields behind the name.
+    return (f[23], f[25], f[45]) if len(f) > 45 else ()
 
 
 def kilobytes(name: bytes, text: bytes) -> int | None:
