@@ -26,7 +26,7 @@ from dedup.kernel.lock import (
     open_own,
     read_own,
 )
-from dedup.kernel.processes import Handle
+from dedup.kernel.processes import Handle, require_own_proc
 from dedup.pages import ProcessId
 
 if TYPE_CHECKING:
@@ -315,6 +315,7 @@ def _lives(holder: ProcessId) -> bool:
 
 
 def _ourselves() -> ProcessId:
+    require_own_proc()
     with Handle(os.getpid()) as handle:
         return handle.id
 

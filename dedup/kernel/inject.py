@@ -37,7 +37,7 @@ from dedup.errors import (
     Refused,
     Unsupported,
 )
-from dedup.kernel import maps
+from dedup.kernel import maps, processes
 from dedup.kernel.advise import MADV_MERGEABLE, MADV_UNMERGEABLE
 
 if TYPE_CHECKING:
@@ -195,6 +195,7 @@ class Injection:
                 "start the program with `dedup run -- CMD`: all its memory is mergeable then",
             )
         self.architecture = found
+        processes.require_own_proc()
         self.handle.require_memory()
         self._refuse()
         # Of this address space: an exec makes the file useless, and is seen by that.

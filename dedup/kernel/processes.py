@@ -13,11 +13,19 @@ import pwd
 import re
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
 from dedup import _core
-from dedup.errors import NoMemory, NoSuchProcess, NotPermitted, OutputFailed, ProcessGone
+from dedup.errors import (
+    NoMemory,
+    NoSuchProcess,
+    NotPermitted,
+    OutputFailed,
+    ProcessGone,
+    Unsupported,
+)
 from dedup.pages import ProcessId
 
 if TYPE_CHECKING:
@@ -69,6 +77,27 @@ class Info:
             if part.endswith((".service", ".scope", ".socket", ".mount")):
                 return part
         return ""
+
+
+@cache
+def require_own_proc(proc: Path = PROC) -> None:
+    """Raise where /proc is that of another pid namespace: its numbers mean others to system calls.
+
+    Raises
+    ------
+    Unsupported
+    """
+    try:
+        shown = os.readlink(proc / "self")
+    except OSError:
+        # We are not in it; or there is no /proc at all, which is told of elsewhere.
+        shown = "" if (proc / "stat").exists() else str(os.getpid())
+    if shown != str(os.getpid()):
+        raise Unsupported(
+            f"{proc} shows the processes of another pid namespace than ours",
+            "enter that one with its mounts, `nsenter --all --target PID`, or have ours shown, "
+            "`unshare --mount sh -c 'mount -t proc proc /proc && exec dedup ...'`",
+        )
 
 
 class Handle:

@@ -254,6 +254,7 @@ class LiveSource:
         assert pages is not None
         if not pids:
             return
+        processes.require_own_proc()
         at = 0
         parents = family.Parents(0 if self.spans else len(pids))
         merging = ksm_interface.Ksm().running
