@@ -460,7 +460,9 @@ def fill(state: Path) -> None:
 def test_a_full_disk_takes_everything_back(
     ksm: KsmControl, targets: list[Target], tmp_path: Path, at: str
 ) -> None:
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", tmp_path], check=True)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k,mode=755", "none", tmp_path], check=True
+    )
     targets[0].do("advise", name="own", what="mergeable")
     own = mergeable(targets[0].pid)
     pids = [t.pid for t in targets]
@@ -589,7 +591,7 @@ def test_too_slow_a_ksmd_is_said_before_anything_is_changed(
 
 
 def test_a_full_disk_under_the_record(ksm: KsmControl, pids: list[int], tmp_path: Path) -> None:
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "none", tmp_path], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k,mode=755", "none", tmp_path], check=True)
     try:
         (tmp_path / "filler").write_bytes(b"x" * 4096)
         with pytest.raises(OutputFailed, match="nothing was changed"), Marks(tmp_path) as marks:
