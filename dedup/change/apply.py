@@ -149,7 +149,7 @@ def apply(
         before = meminfo.read()
         plan = planning.make(pids, scan_plan, wish, step, given)
         _require_time(plan.scan, ksm, timeout_seconds)
-        alone = _alone(ksm, plan.pids)
+        alone, merged = _alone(ksm, plan.pids), ksm.counters()
         marks = stack.enter_context(Marks(suspend_seccomp=wish.suspend_seccomp, step=step))
         if plan.chosen:
             marks.mark(plan.chosen, plan.ranges)
@@ -194,7 +194,7 @@ def apply(
             marked=marks.marked,
             failed=marks.failed,
             scan=scan,
-            comparison=_compare(scan, ksm) if alone else _compare_sums(scan, counted),
+            comparison=_compare(scan, ksm, merged) if alone else _compare_sums(scan, counted),
             by_process=not alone,
             processes=_outcomes(scan, counted),
             full_scans=done.full_scans,
@@ -303,11 +303,11 @@ def _shown(
     return show
 
 
-def _compare(scan: Scan, ksm: Ksm) -> verify.Comparison:
+def _compare(scan: Scan, ksm: Ksm, before: Counters) -> verify.Comparison:
     counters = ksm.counters()
     if scan.smart_scan is not None and ksm.tunables().get("smart_scan", 0):
         return verify.compare_smart(scan.smart_scan, counters)
-    return verify.compare(scan.prediction, counters)
+    return verify.compare(scan.prediction, counters, before)
 
 
 def _changed(before: Mapping[str, int | str], now: Mapping[str, int | str]) -> list[str]:

@@ -18,8 +18,15 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from dedup.change.journal import Journal, Restored
 from dedup.errors import Busy, DedupError, NoSuchProcess, NotPermitted, OutputFailed
 from dedup.kernel.ksm import RUN_MERGE, Ksm
-from dedup.kernel.lock import STATE, HostLock, make_state_folder
-from dedup.kernel.processes import Handle
+from dedup.kernel.lock import (
+    STATE,
+    HostLock,
+    cannot_open,
+    make_state_folder,
+    open_own,
+    read_own,
+)
+from dedup.kernel.processes import Handle, require_own_proc
 from dedup.pages import ProcessId
 
 if TYPE_CHECKING:
@@ -229,12 +236,12 @@ def read(state: Path = STATE) -> Holders | None:
     """
     path = state / NAME
     try:
-        data = json.loads(path.read_bytes())
+        data = json.loads(read_own(path))
         before = data["before"]
         if before is not None and type(before) is not int:
             raise TypeError
         return Holders(before, [ProcessId(int(p), int(s)) for p, s in data["holders"]])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except PermissionError as e:
         raise NotPermitted(f"may not read {path}: {e.strerror}") from e
@@ -308,6 +315,7 @@ def _lives(holder: ProcessId) -> bool:
 
 
 def _ourselves() -> ProcessId:
+    require_own_proc()
     with Handle(os.getpid()) as handle:
         return handle.id
 
@@ -318,11 +326,11 @@ def _locked(state: Path) -> Iterator[None]:
     make_state_folder(state)
     path = state / f"{NAME}.lock"
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        fd = open_own(path, os.O_RDWR | os.O_CREAT)
     except PermissionError as e:
         raise NotPermitted(f"may not lock {path}: {e.strerror}") from e
     except OSError as e:
-        raise OutputFailed(f"opening {path} failed: {e.strerror}", "") from e
+        raise cannot_open(path, e) from e
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield
@@ -338,9 +346,7 @@ def _write(state: Path, found: Holders) -> None:
         "holders": [[h.pid, h.start_time] for h in found.holders],
     }
     try:
-        fd = os.open(
-            part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644
-        )
+        fd = open_own(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
             os.write(fd, json.dumps(data).encode() + b"\n")
             os.fsync(fd)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from dedup.errors import NotPermitted, OutputFailed
-from dedup.kernel.lock import STATE, make_state_folder
+from dedup.kernel.lock import STATE, make_state_folder, open_own, read_own
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -60,11 +60,7 @@ def append(path: Path, fields: Mapping[str, Any]) -> None:
     """
     make_state_folder(path.parent)
     try:
-        fd = os.open(
-            path,
-            os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
-            0o600,
-        )
+        fd = open_own(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
         try:
             before = _whole(fd)
             line = json.dumps(fields).encode() + b"\n"
@@ -108,7 +104,7 @@ def read(path: Path, needed: Mapping[str, type]) -> list[dict[str, Any]]:
     NotPermitted, OutputFailed
     """
     try:
-        lines = path.read_bytes().decode(errors="replace").splitlines()
+        lines = read_own(path).decode(errors="replace").splitlines()
     except FileNotFoundError:
         return []
     except PermissionError as e:
@@ -183,8 +179,7 @@ class Journal:
         text = "".join(json.dumps(asdict(e)) + "\n" for e in [*other.entries(), *entries])
         part = other.path.with_name(f"{other.path.name}.part")
         try:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-            with open(os.open(part, flags, 0o600), "wb") as file:
+            with open(open_own(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as file:
                 file.write(text.encode())
                 file.flush()
                 os.fsync(file.fileno())

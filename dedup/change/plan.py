@@ -148,13 +148,13 @@ def make(
             ranges = {c.id.pid: wanted[c.id.pid] for c in chosen}
             step("scan ranges")
             scan = _scan([*users, *already, *wanted], scan_plan, {**marked, **wanted})
-    _require_mergeable(scan, set(users))
+    _require_mergeable(scan, set(users), by_ranges=ranges is not None)
     scan.pages.skipped += left_out
     return Plan(scan, chosen, already, ranges, choice, members, left_out)
 
 
-def _require_mergeable(scan: Scan, others: set[int]) -> None:
-    """Raise when KSM would take nothing of the chosen memory.
+def _require_mergeable(scan: Scan, others: set[int], *, by_ranges: bool) -> None:
+    """Raise when KSM would take nothing of the chosen memory, or ranges are chosen and none pays.
 
     Raises
     ------
@@ -167,6 +167,11 @@ def _require_mergeable(scan: Scan, others: set[int]) -> None:
         raise NotMergeable(
             "none of the chosen processes' memory is mergeable (no mapping has VmFlags `mg`)",
             "make it so: leave out `--scope advised`",
+        )
+    if by_ranges:
+        raise NotMergeable(
+            "no range of the chosen processes' memory is worth it: what it holds has no copies",
+            "choose more processes, or make them mergeable whole: `--how whole`",
         )
     raise NotMergeable("KSM would take none of the chosen processes' memory", "")
 

@@ -17,6 +17,8 @@ COUNTERS: Final = tuple(n for n in FIELDS if n in {f.name for f in fields(Counte
 """Predicted figures that the kernel counts."""
 SMART_COUNTERS: Final = ("pages_shared", "pages_sharing", "ksm_zero_pages", "general_profit")
 """Of these, what smart scan leaves to be told one by one."""
+LEFT_BEHIND: Final = ("stable_node_chains", "stable_node_dups")
+"""What outlasts the pages that it was made for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +57,30 @@ class Comparison:
         return True
 
 
-def compare(prediction: Prediction, actual: Counters) -> Comparison:
-    """Global counters."""
-    return Comparison(
-        {name: getattr(prediction, name) for name in COUNTERS},
-        {name: getattr(actual, name) for name in COUNTERS},
-        {k: v for k, v in prediction.bounds.items() if k in COUNTERS},
-    )
+def compare(prediction: Prediction, actual: Counters, before: Counters | None = None) -> Comparison:
+    """Global counters.
+
+    Parameters
+    ----------
+    prediction : Prediction
+    actual : Counters
+    before : Counters, optional
+        Those before ksmd ran for it. What it had merged then may have been given back or swapped
+        out since: the content's chain and nodes count until ksmd meets such a page again
+        (mm/ksm.c, stable_node_dup), so that the kernel may have so many more of them.
+    """
+    predicted: dict[str, int | None] = {name: getattr(prediction, name) for name in COUNTERS}
+    counted: dict[str, int] = {name: getattr(actual, name) for name in COUNTERS}
+    bounds: dict[str, tuple[int, int]] = {
+        k: v for k, v in prediction.bounds.items() if k in COUNTERS
+    }
+    for name in LEFT_BEHIND if before is not None else ():
+        left = getattr(before, name)
+        one = predicted[name]
+        low, high = bounds[name] if one is None or name in bounds else (one, one)
+        if left and counted[name] > high:
+            predicted[name], bounds[name] = None, (low, high + left)
+    return Comparison(predicted, counted, bounds)
 
 
 def compare_smart(forecast: SmartScan, actual: Counters) -> Comparison:

@@ -135,7 +135,11 @@ def of_file(path: Path) -> Key:
                 )
             text = file.read(2 * KEY_BYTES + 2)
     except PermissionError as e:
-        raise NotPermitted(f"may not open the key {path}: {e.strerror}") from e
+        raise NotPermitted(
+            f"may not open the key {path}: {e.strerror}",
+            "save where you may write, name another key with `--key-file`, or run it as root: "
+            "`sudo dedup ...`",
+        ) from e
     except OSError as e:
         raise OutputFailed(
             f"opening the key {path} failed: {e.strerror}", "name another with `--key-file`"

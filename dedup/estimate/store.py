@@ -97,11 +97,18 @@ def check(path: Path) -> None:
 
     Raises
     ------
-    Usage
+    Usage, NotPermitted
     """
     if not path.name:
         raise Usage("--save needs the name of a file", "name a file: `--save web-1.dedup`")
-    if not path.parent.is_dir():
+    try:
+        folder = path.parent.is_dir()
+    except OSError as e:
+        raise NotPermitted(
+            f"may not look into {path.parent}: {e.strerror}",
+            "name a file in a folder of yours, or run it as root: `sudo dedup ...`",
+        ) from e
+    if not folder:
         raise Usage(f"there is no folder {path.parent}", f"make it: `mkdir -p {path.parent}`")
     try:
         mode = path.lstat().st_mode

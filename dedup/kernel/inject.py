@@ -20,6 +20,7 @@ import errno
 import os
 import platform
 import re
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +37,7 @@ from dedup.errors import (
     Refused,
     Unsupported,
 )
-from dedup.kernel import maps
+from dedup.kernel import maps, processes
 from dedup.kernel.advise import MADV_MERGEABLE, MADV_UNMERGEABLE
 
 if TYPE_CHECKING:
@@ -194,6 +195,7 @@ class Injection:
                 "start the program with `dedup run -- CMD`: all its memory is mergeable then",
             )
         self.architecture = found
+        processes.require_own_proc()
         self.handle.require_memory()
         self._refuse()
         # Of this address space: an exec makes the file useless, and is seen by that.
@@ -319,10 +321,7 @@ class Injection:
             case _core.INJECT_NOT_SEIZED:
                 self._judge_seize(failure, late)
             case _core.INJECT_FOREIGN:
-                raise Refused(
-                    f"{self._who} is a 32-bit program: its registers are other ones",
-                    "have it started with `dedup run -- CMD`, which needs no ptrace",
-                )
+                raise self._foreign()
             case _core.INJECT_DISPATCHED:
                 raise Refused(
                     f"{self._who} handles its system calls itself (syscall user dispatch)",
@@ -373,6 +372,10 @@ class Injection:
                 f"{self._who} is traced by process {tracer}, a debugger or the like",
                 "run it again once that has let go of it",
             )
+        # The first word of the auxiliary vector is a small number: with 32-bit words, two of them.
+        vector = (self.handle.read_or_none("auxv") or b"")[:8]
+        if int.from_bytes(vector, sys.byteorder) >> 32:
+            raise self._foreign()
         if self.suspend_seccomp:
             return
         # Each thread has a filter of its own.
@@ -384,6 +387,12 @@ class Injection:
                 "expect",
                 "have it call prctl(PR_SET_MEMORY_MERGE) itself, or start it with `dedup run`",
             )
+
+    def _foreign(self) -> Refused:
+        return Refused(
+            f"{self._who} is a 32-bit program: its registers are other ones",
+            "have it started with `dedup run -- CMD`, which needs no ptrace",
+        )
 
     def _tids(self) -> list[int]:
         fd = self.handle.open("task", os.O_RDONLY | os.O_DIRECTORY)

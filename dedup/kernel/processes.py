@@ -13,11 +13,19 @@ import pwd
 import re
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
 from dedup import _core
-from dedup.errors import NoMemory, NoSuchProcess, NotPermitted, OutputFailed, ProcessGone
+from dedup.errors import (
+    NoMemory,
+    NoSuchProcess,
+    NotPermitted,
+    OutputFailed,
+    ProcessGone,
+    Unsupported,
+)
 from dedup.pages import ProcessId
 
 if TYPE_CHECKING:
@@ -69,6 +77,27 @@ class Info:
             if part.endswith((".service", ".scope", ".socket", ".mount")):
                 return part
         return ""
+
+
+@cache
+def require_own_proc(proc: Path = PROC) -> None:
+    """Raise where /proc is that of another pid namespace: its numbers mean others to system calls.
+
+    Raises
+    ------
+    Unsupported
+    """
+    try:
+        shown = os.readlink(proc / "self")
+    except OSError:
+        # We are not in it; or there is no /proc at all, which is told of elsewhere.
+        shown = "" if (proc / "stat").exists() else str(os.getpid())
+    if shown != str(os.getpid()):
+        raise Unsupported(
+            f"{proc} shows the processes of another pid namespace than ours",
+            "enter that one with its mounts, `nsenter --all --target PID`, or have ours shown, "
+            "`unshare --mount sh -c 'mount -t proc proc /proc && exec dedup ...'`",
+        )
 
 
 class Handle:
@@ -183,6 +212,15 @@ class Handle:
             return False
         return text.rpartition(b")")[2].split()[0] not in {b"Z", b"X"}
 
+    def same_program(self) -> bool:
+        """Whether it still runs the program that it ran when it was opened.
+
+        Raises
+        ------
+        ProcessGone, NotPermitted
+        """
+        return _program(self.read("stat").rpartition(b")")[2].split()) == self.info.program
+
     def require_memory(self) -> None:
         """Raise `NoMemory` for a zombie or a kernel thread."""
         if self.info.state in {"Z", "X"}:
@@ -224,9 +262,13 @@ def _parse(pid: int, stat: bytes, status: bytes, cgroup: bytes) -> Info:
         swapped_bytes=kilobytes(b"VmSwap", status) or 0,
         cgroup=_cgroup_path(cgroup.decode(errors="surrogateescape")),
         tgid=int(tgid[1]) if tgid else pid,
-        # start_code, start_stack, arg_start (proc_pid_stat(5)).
-        program=(f[23], f[25], f[45]) if len(f) > 45 else (),
+        program=_program(f),
     )
+
+
+def _program(f: list[bytes]) -> tuple[bytes, ...]:
+    # start_code, start_stack, arg_start (proc_pid_stat(5)), from the fields behind the name.
+    return (f[23], f[25], f[45]) if len(f) > 45 else ()
 
 
 def kilobytes(name: bytes, text: bytes) -> int | None:

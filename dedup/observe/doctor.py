@@ -730,6 +730,11 @@ def _calibration(look: _Look) -> Finding:
 
 def _state(look: _Look) -> Finding:
     folder = look.host.state
+    try:
+        if os.path.lexists(folder):
+            lock.require_own_folder(folder)
+    except DedupError as e:
+        return Finding("cannot", e.message, "`dedup apply` fails", e.hint)
     existing = next(p for p in (folder, *folder.parents) if p.exists())
     found = os.statvfs(existing)
     free = found.f_bavail * found.f_frsize

@@ -256,6 +256,7 @@ class LiveSource:
         assert pages is not None
         if not pids:
             return
+        processes.require_own_proc()
         at = 0
         parents = family.Parents(0 if self.spans else len(pids))
         merging = ksm_interface.Ksm().running
@@ -357,10 +358,11 @@ class LiveSource:
         for i, target in enumerate(targets):
             self.counts[self._index[target.handle.pid]] = found.counts[i]
         for i, target in enumerate(targets):
-            if i in found.dead and not target.handle.alive():
+            if i in found.dead:
+                pid = target.handle.pid
+                ended = ProcessGone(f"process {pid} ended during the scan")
                 self._leave_out(
-                    target.handle.pid,
-                    ProcessGone(f"process {target.handle.pid} ended during the scan"),
+                    pid, _another_program(target.handle) if target.handle.alive() else ended
                 )
         self._runs.append((found.start, found.count, found.first, found.region))
 
@@ -376,10 +378,7 @@ class LiveSource:
             if known.id != handle.id:
                 raise ProcessGone(f"process {handle.pid} ended; its pid is another one's now")
             if self._programs[handle.pid] != handle.info.program:
-                raise ProcessGone(
-                    f"process {handle.pid} ({known.name}) started another program during the scan",
-                    "scan it again",
-                )
+                raise _another_program(handle)
         counters = ksm_interface.process_counters(handle)
         whole = self.options.scope == "compatible" and handle.pid not in self.options.marked
         within = (
@@ -398,6 +397,8 @@ class LiveSource:
         target.open()
         try:
             assert target.files is not None
+            if not handle.same_program():
+                raise _another_program(handle)  # these files are of its memory, the mappings not
             chooser = ranges.Chooser(self.sight)
             for m, region in self._regions(process, found):
                 chooser.add(region, m, self._region_index(region, m))
@@ -536,6 +537,13 @@ class LiveSource:
             pages.skipped.append(Skipped(pid, e.message, e.code))
         if pid in self._index:
             self._ended.add(self._index[pid])
+
+
+def _another_program(handle: Handle) -> ProcessGone:
+    return ProcessGone(
+        f"process {handle.pid} ({handle.info.name}) started another program during the scan",
+        "scan it again",
+    )
 
 
 def _inside(region: Region, ranges: Iterable[tuple[int, int]]) -> Iterable[Region]:

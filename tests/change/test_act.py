@@ -26,6 +26,7 @@ from dedup.errors import (
     CheckFailed,
     Interrupted,
     KsmNotRunning,
+    NotMergeable,
     OutputFailed,
     ProcessGone,
     Refused,
@@ -40,6 +41,7 @@ from dedup.scanning import Plan
 from dedup.sources.live import Options
 from tests.kernel_fixtures import PAGE, Target, frames
 from tests.killed import APPLY_STEPS, RANGES_STEPS, UNDO_STEPS
+from tests.kinds.hold import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -162,6 +164,20 @@ def test_ranges_once_more(ksm: KsmControl, pids: list[int]) -> None:
     undo(Applied())
     assert all(before)
     assert not any(mergeable(pid) for pid in pids)
+
+
+def test_no_range_is_worth_it() -> None:
+    """Which is not to say that KSM would not take the memory."""
+    with subprocess.Popen(["sleep", "60"]) as process:
+        try:
+            with Handle(process.pid) as handle:
+                wait_until("it starts", 10, lambda: handle.read("comm") == b"sleep\n")
+            with pytest.raises(NotMergeable, match="has no copies") as e:
+                planning.make([process.pid], PLAN, RANGES)
+            assert "--how whole" in e.value.hint
+            assert planning.make([process.pid], PLAN, WHOLE).chosen
+        finally:
+            process.kill()
 
 
 def test_what_was_moved_since_is_said(ksm: KsmControl, targets: list[Target]) -> None:
@@ -444,7 +460,9 @@ def fill(state: Path) -> None:
 def test_a_full_disk_takes_everything_back(
     ksm: KsmControl, targets: list[Target], tmp_path: Path, at: str
 ) -> None:
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", tmp_path], check=True)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k,mode=755", "none", tmp_path], check=True
+    )
     targets[0].do("advise", name="own", what="mergeable")
     own = mergeable(targets[0].pid)
     pids = [t.pid for t in targets]
@@ -573,7 +591,7 @@ def test_too_slow_a_ksmd_is_said_before_anything_is_changed(
 
 
 def test_a_full_disk_under_the_record(ksm: KsmControl, pids: list[int], tmp_path: Path) -> None:
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "none", tmp_path], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k,mode=755", "none", tmp_path], check=True)
     try:
         (tmp_path / "filler").write_bytes(b"x" * 4096)
         with pytest.raises(OutputFailed, match="nothing was changed"), Marks(tmp_path) as marks:

@@ -157,6 +157,28 @@ def test_contents_rewritten_everywhere_leave_the_counters(ksm: KsmControl) -> No
     assert done.holds
 
 
+def test_chains_of_what_is_no_longer_there(ksm: KsmControl, target: Target) -> None:
+    """Given back, as when swapped out: the kernel counts its chains, and the prediction holds."""
+    target.do("map", name="b", pages=302)
+    target.do("put", name="b", at=0, what=["pair"] * 2 + [f"many {i % 30}" for i in range(300)])
+    target.do("advise", name="b", what="mergeable")
+    ksm.set(max_page_sharing=5)
+    first = apply([target.pid], PLAN, start_ksmd=True)
+    assert first.holds
+    assert not first.comparison.bounds
+    # Nothing is left that ksmd would look for: it comes by none of those chains.
+    target.do("advise", name="b", what="dontneed", at=2)
+    again = apply([target.pid], PLAN, start_ksmd=True)
+    assert again.holds, again.comparison
+    name = "stable_node_chains"
+    predicted = again.scan.prediction.stable_node_chains
+    assert predicted is not None
+    assert again.comparison.actual[name] > predicted
+    assert again.comparison.predicted[name] is None
+    assert again.comparison.bounds[name] == (predicted, predicted + first.comparison.actual[name])
+    assert set(again.comparison.bounds) <= {name, "stable_node_dups"}
+
+
 def test_the_advisor_is_named(ksm: KsmControl, pids: list[int]) -> None:
     ksm.set(advisor_mode="scan-time")
     done = apply(pids, PLAN, start_ksmd=True)

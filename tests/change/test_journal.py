@@ -133,7 +133,7 @@ def test_not_readable_by_others(tmp_path: Path) -> None:
 
 @pytest.mark.root
 def test_disk_full_means_no_change(tmp_path: Path) -> None:
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "none", tmp_path], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k,mode=755", "none", tmp_path], check=True)
     try:
         (tmp_path / "filler").write_bytes(b"x" * 4096)
         journal = Journal(tmp_path)

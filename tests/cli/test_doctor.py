@@ -263,6 +263,7 @@ def test_a_journal_left_over(dedup: Dedup, tmp_path: Path) -> None:
     assert finding["state"] == "limited"
     assert "root alone may read" in finding["found"]
     # What it advises helps.
+    os.chown(state / "journal", 0, 0)
     assert dedup("restore", prefix=prefix).status in {0, 6}
     if Ksm().present:
         assert checks(dedup, prefix=prefix)["journal"]["state"] == "ok"
@@ -270,12 +271,27 @@ def test_a_journal_left_over(dedup: Dedup, tmp_path: Path) -> None:
 
 @as_root
 def test_no_room_for_the_journal(dedup: Dedup) -> None:
-    fill = "mkdir -p /run/dedup; mount -t tmpfs -o size=16k none /run/dedup"
+    fill = "mkdir -p /run/dedup; mount -t tmpfs -o size=16k,mode=755 none /run/dedup"
     finding = checks(dedup, prefix=mounted(fill))["state"]
     assert finding["state"] == "cannot"
     assert "/run/dedup is full" in finding["found"]
     finding = checks(dedup, prefix=mounted(f"{fill}; mount -o remount,ro /run/dedup"))["state"]
     assert "read-only" in finding["found"]
+
+
+@pytest.mark.parametrize(
+    ("there", "words"),
+    [
+        ("mount -t tmpfs none /run/dedup", "others may write"),  # mode 1777
+        ("mount -t tmpfs none /run; echo x >/run/dedup", "is no folder"),
+        ("mount -t tmpfs none /run; ln -s /run/nowhere /run/dedup", "is no folder"),
+    ],
+)
+@as_root
+def test_a_folder_for_the_journal_that_is_none(dedup: Dedup, there: str, words: str) -> None:
+    found = checks(dedup, prefix=mounted(f"mkdir -p /run/dedup; {there}"))["state"]
+    assert found["state"] == "cannot"
+    assert words in found["found"]
 
 
 @as_root

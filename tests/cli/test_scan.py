@@ -288,6 +288,21 @@ def test_without_ksm_in_the_kernel(dedup: Dedup, target: subprocess.Popen[str]) 
     assert "This kernel has no KSM" in text.out
 
 
+@pytest.mark.root
+@pytest.mark.parametrize("words", [("scan", "--passes", "1"), ("apply", "--dry-run")])
+def test_the_proc_of_another_pid_namespace(
+    dedup: Dedup, target: subprocess.Popen[str], words: tuple[str, ...]
+) -> None:
+    """Its numbers mean other processes to the system calls that read memory or stop a process."""
+    prefix = ("unshare", "--pid", "--fork")
+    result = dedup(*words, "--pid", str(target.pid), prefix=prefix)
+    assert result.status == 6
+    assert "another pid namespace" in result.err
+    assert "nsenter" in result.err
+    own = ("unshare", "--pid", "--fork", "--mount-proc")
+    assert dedup("scan", "--pid", "1", *QUICK, prefix=own).status == 0
+
+
 def test_hostile_names(dedup: Dedup, start: Start) -> None:
     target = start(name=os.fsdecode(b"\x1b[31m\xff\xe2\x80\xae"))
     text = dedup("scan", "--pid", str(target.pid), *QUICK).out

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dedup.errors import BadInput, OutputFailed, Unsupported, Usage
+from dedup.errors import BadInput, NotPermitted, OutputFailed, Unsupported, Usage
 from dedup.estimate import store
 from dedup.estimate.fingerprints import Contents, Instance
 
@@ -266,6 +266,22 @@ def test_no_folder(tmp_path: Path) -> None:
         with pytest.raises(Usage, match="no folder") as e:
             call(tmp_path / "no" / "folder")
         assert "mkdir" in e.value.hint
+
+
+def test_a_folder_out_of_reach(tmp_path: Path) -> None:
+    inside = tmp_path / "closed" / "inside"
+    inside.mkdir(parents=True)
+    inside.parent.chmod(0)
+    ours = os.geteuid()
+    try:
+        if ours == 0:
+            os.seteuid(65534)
+        with pytest.raises(NotPermitted, match="may not look into") as e:
+            store.check(inside / "web-1.dedup")
+    finally:
+        os.seteuid(ours)
+        inside.parent.chmod(0o700)
+    assert "in a folder of yours" in e.value.hint
 
 
 def test_no_room(saved: Path) -> None:

@@ -359,10 +359,13 @@ def test_seccomp_is_refused_unless_asked_for(mode: str) -> None:
         assert go_on(process) == "ok"
 
 
-def test_a_32_bit_program_is_refused() -> None:
+def test_a_32_bit_program_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with started([str(build_foreign())]) as process:
+        with Handle(process.pid) as handle, pytest.raises(Refused, match="32-bit"):
+            inject.require_possible(handle)  # without a stop: a plan says so
+        monkeypatch.setattr(Injection, "_refuse", lambda _: None)
         with pytest.raises(Refused, match="32-bit"):
-            ask(process.pid)
+            ask(process.pid)  # by its registers
         process.communicate("\n", timeout=10)
         assert process.returncode == 0
 

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -19,6 +19,9 @@ from dedup.pages import Flag, Pages
 from dedup.scanning import Plan, Scan, scan_pids
 from dedup.sources.live import LiveSource, Options
 from tests.kernel_fixtures import Target
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def scan(*pids: int, **plan: Any) -> Scan:
@@ -254,24 +257,74 @@ def test_one_address_space_is_scanned_once() -> None:
         process.communicate("\n")
 
 
-def test_an_exec_between_looks_is_said() -> None:
+@pytest.fixture
+def execing() -> Iterator[subprocess.Popen[str]]:
+    """A process that starts another program when `start_another` says so."""
     code = "import os\nprint('ready', flush=True)\ninput()\nos.execlp('sleep', 'sleep', '60')\n"
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
-        assert process.stdin is not None
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-        source = LiveSource([process.pid], Options())
-        source.first_look()
-        process.stdin.write("\n")
-        process.stdin.flush()
-        comm = f"/proc/{process.pid}/comm"
-        while b"sleep" not in Path(comm).read_bytes():
-            time.sleep(0.01)
-        with pytest.raises(ProcessGone, match="another program"):
-            source.look_again()
+        yield process
         process.kill()
+
+
+def start_another(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+    while b"sleep" not in Path(f"/proc/{process.pid}/comm").read_bytes():
+        time.sleep(0.01)
+
+
+def test_an_exec_between_looks_is_said(execing: subprocess.Popen[str]) -> None:
+    source = LiveSource([execing.pid], Options())
+    source.first_look()
+    start_another(execing)
+    with pytest.raises(ProcessGone, match="another program"):
+        source.look_again()
+
+
+@pytest.mark.parametrize("before", ["the files are opened", "they are read"])
+def test_an_exec_amid_the_only_look_is_said(
+    target: Target, execing: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    """What is read is nothing, or memory that the mappings are not of: no figures of that."""
+    from dedup.kernel import memory
+
+    where, name = (memory, "look") if before == "they are read" else (memory.Target, "open")
+    real = getattr(where, name)
+    done: list[str] = []
+
+    def after_an_exec(first: Any, *args: Any, **words: Any) -> Any:
+        if not done and (name == "look" or first.handle.pid == execing.pid):
+            done.append(name)
+            start_another(execing)
+        return real(first, *args, **words)
+
+    monkeypatch.setattr(where, name, after_an_exec)
+    found = scan(target.pid, execing.pid, passes=1)
+    assert [(s.pid, "another program" in s.what) for s in found.pages.skipped] == [
+        (execing.pid, True)
+    ]
+    assert not found.complete
+
+
+def test_an_exec_amid_the_only_look_at_one(
+    execing: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dedup.kernel import memory
+
+    real = memory.look
+
+    def after_an_exec(*args: Any, **words: Any) -> memory.Look:
+        start_another(execing)
+        return real(*args, **words)
+
+    monkeypatch.setattr(memory, "look", after_an_exec)
+    with pytest.raises(ProcessGone, match="another program"):
+        scan(execing.pid, passes=1)
 
 
 def test_a_process_that_ends_before_it_is_read_is_left_out(
