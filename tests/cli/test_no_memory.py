@@ -54,16 +54,14 @@ def test_too_little_to_start(dedup: Dedup, mib: int) -> None:
     assert told.json["error"]["code"] == "out-of-memory"
 
 
-@pytest.mark.parametrize(
-    "options", [(), ("--threads", "1"), ("--passes", "1"), ("--memory", "80M")]
-)
+@pytest.mark.parametrize("options", [("--threads", "1"), ("--passes", "1"), ("--memory", "80M")])
 def test_every_limit_tells_or_does(
     dedup: Dedup, process: subprocess.Popen[str], options: tuple[str, ...]
 ) -> None:
     """From too little to start to enough: nothing but the error and the result."""
     args = ("scan", "--pid", str(process.pid), "--interval", "0.01", *options)
     before, seen = held(process.pid), set()
-    for mib in range(112, 172, 6):
+    for mib in range(112, 172, 10):
         result = dedup(*args, prefix=limited(mib))
         assert result.status in {0, 10}, result.err
         if result.status == 10:
