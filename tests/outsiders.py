@@ -166,7 +166,7 @@ int main(int argc, char **argv)
     }
     for (int seen = 0; seen < n;) {
         /* EINTR without a signal is what must not be; a signal before the wait is not lost. */
-        if (epoll_wait(epoll, &e, 1, 20) < 0) {
+        if (epoll_wait(epoll, &e, 1, 2) < 0) {
             if (errno != EINTR || handled == seen) { printf("EINTR without a signal\n"); return 1; }
             interruptions++;
         }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import statistics
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -49,11 +48,18 @@ def test_cpu_time_of_schedstat_and_without(tmp_path: Path) -> None:
 def test_the_tick_is_that_of_the_kernel() -> None:
     tick = ksmd.tick_seconds()
     assert round(1 / tick) in {100, 250, 300, 1000}
-    times = sorted({time.clock_gettime_ns(6) for _ in range(1_000_000)})
-    # A late tick makes one step longer, and the kernel's setting of the clock another shorter.
-    steps = [round((b - a) / tick / 1e9, 1) for a, b in pairwise(times)]
-    assert len(steps) >= 5, "the coarse clock stands still"
-    assert statistics.mode(steps) == 1
+    steps: list[float] = []
+    # A late tick makes one step longer, and the kernel's setting of the clock another shorter; of a
+    # busy host we see every second or third tick, and two in a row sooner or later.
+    for _ in range(100):
+        times = sorted({time.clock_gettime_ns(6) for _ in range(200_000)})
+        steps += [(b - a) / tick / 1e9 for a, b in pairwise(times)]
+        if len(steps) >= 20 and min(steps) < 1.5:
+            break
+    assert len(steps) >= 20, "the coarse clock stands still"
+    whole = [round(s) for s in steps if abs(s - round(s)) < 0.1]
+    assert len(whole) > len(steps) / 2
+    assert min(whole) == 1
 
 
 @pytest.mark.parametrize(
