@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tests.cli.conftest import REPOSITORY, environment, wait_for
+from tests.cli.conftest import REPOSITORY, environment, state_of, wait_for
 
 STOPS_BEFORE_EXEC = """
 import os, signal, sys
@@ -46,10 +46,6 @@ def child_of(pid: int) -> int:
     child = int(children.read_text())
     wait_for(lambda: state_of(child) == "T")
     return child
-
-
-def state_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def test_stopped_before_its_exec_it_goes_on_with_us() -> None:

@@ -140,8 +140,7 @@ def start_program(
     try:
         assert process.stdout.readline() == "ready\n"
         if not busy:
-            stat = Path(f"/proc/{process.pid}/stat")
-            wait_for(lambda: stat.read_bytes().rpartition(b")")[2].split()[0] == b"S")
+            wait_for(lambda: state_of(process.pid) == "S")
     except BaseException:
         end(process)
         raise
@@ -192,6 +191,11 @@ def dead_pid() -> int:
     process = subprocess.Popen(["true"])
     process.wait()
     return process.pid
+
+
+def state_of(pid: int) -> str:
+    """As ps(1) shows it; the name before it may be no UTF-8."""
+    return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0].decode()
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:

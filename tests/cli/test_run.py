@@ -18,7 +18,7 @@ from dedup import schema
 from dedup.kernel.ksm import Ksm
 from tests.kernel_fixtures import PAGE, KsmControl, process_numbers
 
-from .conftest import REPOSITORY, Dedup, environment, on_terminal, wait_for
+from .conftest import REPOSITORY, Dedup, environment, on_terminal, state_of, wait_for
 
 
 @pytest.mark.parametrize("dashes", [["--"], []])
@@ -309,10 +309,6 @@ def test_death_by_a_signal_that_was_passed_on(tmp_path: Path) -> None:
         process.terminate()
         assert process.wait(20) == -signal.SIGTERM
     assert (report_of(file)["status"], report_of(file)["signal"]) == (None, signal.SIGTERM)
-
-
-def state_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def parent_of(pid: int) -> int:
